@@ -1,0 +1,1 @@
+"""Split drivers and the daemons of domain 0: xenstore, console."""

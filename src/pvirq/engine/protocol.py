@@ -1,0 +1,156 @@
+"""What a CPU engine is: registers, address spaces, and running guest code until something happens.
+
+An engine executes 64-bit user-privilege (CPL 3) code over the host's machine memory with the page tables that
+CR3 names. Everything that such code can't do by itself comes to the handler *while the guest is stopped at that
+instruction*; the handler changes registers and memory as it likes and says where to go on. So an engine whose
+CPU lives in this process (an emulator with callbacks) pays a function call for each, and one whose CPU exits to
+its owner (KVM) calls the same handler from its run loop.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+# Indexes into Engine.regs: the order in which x86 encodes its registers, then the instruction pointer.
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+R8, R9, R10, R11, R12, R13, R14, R15 = range(8, 16)
+RIP: Final = 16
+
+# RFLAGS bits.
+FLAG_CF: Final = 1 << 0
+FLAG_ZF: Final = 1 << 6
+FLAG_TF: Final = 1 << 8
+FLAG_IF: Final = 1 << 9
+FLAG_DF: Final = 1 << 10
+FLAG_IOPL: Final = 3 << 12
+FLAG_NT: Final = 1 << 14
+FLAG_RF: Final = 1 << 16
+FLAG_VM: Final = 1 << 17
+FLAG_AC: Final = 1 << 18
+
+# Exception vectors.
+TRAP_DB: Final = 1
+TRAP_BP: Final = 3
+TRAP_UD: Final = 6
+TRAP_NM: Final = 7
+TRAP_DF: Final = 8
+TRAP_NP: Final = 11
+TRAP_SS: Final = 12
+TRAP_GP: Final = 13
+TRAP_PF: Final = 14
+TRAP_AC: Final = 17
+
+CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
+
+
+class EngineError(Exception):
+    """The engine can't be used, or lost control of its CPU. One line; says what to do where something can be done."""
+
+
+class GuestHandler(Protocol):
+    """Whoever owns the guest. Called on the thread that called Engine.run; an exception ends that run."""
+
+    def syscall(self, rip: int) -> int:
+        """SYSCALL was executed; `rip` is the address after it. Returns where to go on."""
+        ...
+
+    def exception(self, vector: int, error: int, rip: int, software: bool) -> int:
+        """A fault or trap with its error code (0 where it has none). `software`: INT n or INT3 raised it.
+
+        `rip` is what hardware would push. Returns where to go on. A page fault's address is in Engine.cr2.
+        """
+        ...
+
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
+        """CPUID was executed."""
+        ...
+
+
+class Engine(Protocol):
+    """One CPU. Not thread-safe, except `stop`."""
+
+    name: str
+    handler: GuestHandler  # may be changed between runs
+    regs: memoryview  # of 64-bit items: general registers and RIP, in place
+    rflags: int
+    cr3: int  # machine address of the root table; setting it flushes the TLB
+    fs_base: int
+    gs_base: int
+    cr0_ts: bool  # CR0.TS: the next FPU instruction raises #NM
+    stop_at: int | None  # counter value (`counter()`) at which a run ends by itself; None: no limit
+
+    @property
+    def cr2(self) -> int:
+        """The address of the last page fault."""
+        ...
+
+    def segment(self, which: int) -> int:
+        """The selector in a segment register: 0 to 5 for ES, CS, SS, DS, FS, GS."""
+        ...
+
+    def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
+        """Load CS and SS with selectors and their 8-byte descriptors; the privilege level stays 3."""
+        ...
+
+    def set_segment(self, which: int, selector: int, descriptor: int) -> None:
+        """Load ES, DS, FS or GS with a selector and its 8-byte descriptor (0: unusable, as the null selector)."""
+        ...
+
+    def set_gdt(self, base: int, limit: int) -> None:
+        """Where the CPU looks for descriptors: a virtual address."""
+        ...
+
+    def set_ldt(self, base: int, limit: int) -> None:
+        """The local descriptor table; limit 0 for none."""
+        ...
+
+    def flush_tlb(self) -> None:
+        """Forget all translations."""
+        ...
+
+    def flush_page(self, va: int) -> None:
+        """Forget the translation of one virtual page."""
+        ...
+
+    def invalidate_code(self, address: int, size: int) -> None:
+        """Bytes at a machine address were changed behind the CPU's back, and may have been executed before."""
+        ...
+
+    def counter(self) -> int:
+        """The host's tick counter, from which the guest's TSC is derived: TSC = counter + offset."""
+        ...
+
+    def counter_hz(self) -> float:
+        """Ticks of `counter` per second."""
+        ...
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """What the guest's RDTSC adds to the counter."""
+        ...
+
+    def native_cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
+        """What this CPU's own CPUID says, to be filtered by the owner."""
+        ...
+
+    def run(self) -> None:
+        """Run the guest from regs[RIP] until `stop`, `stop_at`, or an exception of the handler's, which is raised.
+
+        EngineError where the engine itself can't go on.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End the current run at the next instruction boundary; from the handler or from any thread."""
+        ...
+
+    def save(self) -> bytes:
+        """The CPU's whole architectural state, for `restore` on an engine of the same kind."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Become the CPU that `save` saw."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        ...

@@ -1,0 +1,365 @@
+"""The embedded engine: Unicorn (QEMU's translator as a library), at user privilege over the host's machine memory."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any, Final
+
+import unicorn
+from unicorn import x86_const as x86
+
+from pvirq.engine import unicorn_state as layout
+from pvirq.engine.preempt import Alarm
+from pvirq.engine.protocol import (
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RIP,
+    TRAP_UD,
+    CpuidLeaf,
+    EngineError,
+    GuestHandler,
+)
+from pvirq.engine.unicorn_state import CpuState
+
+# Translated code is kept in a buffer of this size and dropped as a whole when it is full. Unicorn's own default is
+# 1 GiB; a Linux boot needs about 40 MiB.
+TCG_BUFFER_BYTES: Final = 48 << 20
+
+M64: Final = (1 << 64) - 1
+
+CR0_PE_PG_ETC: Final = 0x80050033  # PG AM WP NE ET MP PE
+CR0_TS: Final = 1 << 3
+CR4: Final = 0x620  # PAE OSFXSR OSXMMEXCPT
+MSR_EFER: Final = 0xC0000080
+EFER: Final = 0xD01  # NXE LMA LME SCE
+
+HF_CPL: Final = 3
+HF_CS32, HF_SS32, HF_ADDSEG, HF_CS64 = 1 << 4, 1 << 5, 1 << 6, 1 << 15
+# In the upper half of a descriptor: granularity, default size, 64-bit code.
+DESC_G, DESC_B, DESC_L = 1 << 23, 1 << 22, 1 << 21
+
+CS, SS, FS, GS = 1, 2, 4, 5
+STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
+
+CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
+
+# A run ends at the latest after this long, so that Ctrl-C and the host's other work are never far.
+LONGEST_RUN_NS: Final = 50_000_000
+
+
+class UnicornEngine:
+    """See `pvirq.engine.protocol.Engine`, whose methods these are."""
+
+    name = "unicorn"
+
+    def __init__(self, memory: memoryview, handler: GuestHandler) -> None:
+        self._memory = memory
+        buffer = (ctypes.c_uint8 * 0).from_buffer(memory)
+        uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        uc.ctl_set_tcg_buffer_size(TCG_BUFFER_BYTES)
+        uc.mem_map_ptr(0, len(memory), unicorn.UC_PROT_ALL, ctypes.addressof(buffer))
+        self._uc: Any = uc
+        state = CpuState(uc, memory)
+        self._state = state
+        self._env, self._cpu, self._handle = state.env, state.cpu, state.handle
+        self._u32, self._u64 = state.u32, state.u64
+        self.regs = state.u64[layout.REGS // 8 : layout.EIP // 8 + 1]
+        self._scratch = ctypes.c_uint64(0)
+        self._scratch_at = ctypes.addressof(self._scratch)
+        self._tlb_flush, self._tlb_flush_page = state.tlb_flush, state.tlb_flush_page
+        self._update_cr3, self._get_tsc = state.update_cr3, state.get_tsc
+        self._reg_read, self._reg_write = state.reg_read, state.reg_write
+        # Read now: it takes running an instruction, which is only possible while there is no guest.
+        self._native_cpuid = {
+            (leaf, subleaf): state.cpuid(leaf, subleaf)
+            for leaf in (*range(0x17), *range(0x80000000, 0x80000009))
+            for subleaf in range(4 if leaf in CPUID_LEAVES_WITH_SUBLEAVES else 1)
+        }
+        self._code_stack = (0, 0)
+        self._calibrate_from = (time.monotonic_ns(), self.counter())
+        self._alarm = Alarm(lambda: state.emu_stop(self._handle))
+        self._stop_at: int | None = None
+        self._ns_per_tick = 0.0
+        self._running = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._paging = False
+        self._closed = False
+        uc.ctl_exits_enabled(True)  # with none set: otherwise each emu_start walks the page tables for `until`
+        self._keep: list[Any] = []
+        self.handler = handler
+        self._install()
+
+    # -- hooks: where guest code reaches the handler ---------------------------------------------------------------
+
+    def _install(self) -> None:
+        regs, u32, state = self.regs, self._u32, self._state
+        error_code, is_int, old_exception = state.error_code, state.exception_is_int, state.old_exception
+
+        def syscall(_uc: int, _data: int) -> None:
+            # Unicorn leaves RIP at the instruction and adds its two bytes when this returns.
+            try:
+                regs[RIP] = (self.handler.syscall(regs[RIP] + 2 & M64) - 2) & M64
+            except BaseException as failure:
+                self._fail(failure)
+
+        def interrupt(_uc: int, vector: int, _data: int) -> None:
+            # QEMU's own delivery would have cleared this; left alone, the next contributory fault becomes #DF.
+            u32[old_exception] = 0xFFFFFFFF
+            try:
+                regs[RIP] = self.handler.exception(vector, u32[error_code], regs[RIP], bool(u32[is_int]))
+            except BaseException as failure:
+                self._fail(failure)
+
+        def invalid(_uc: int, _data: int) -> bool:
+            u32[old_exception] = 0xFFFFFFFF
+            try:
+                regs[RIP] = self.handler.exception(TRAP_UD, 0, regs[RIP], False)
+            except BaseException as failure:
+                self._fail(failure)
+            return True
+
+        def cpuid(_uc: int, _data: int) -> int:
+            try:
+                leaf = self.handler.cpuid(regs[RAX] & 0xFFFFFFFF, regs[RCX] & 0xFFFFFFFF)
+                regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
+            except BaseException as failure:
+                self._fail(failure)
+            return 1
+
+        pointer, u32_t = ctypes.c_void_p, ctypes.c_uint32
+        self._hook(unicorn.UC_HOOK_INSN, ctypes.CFUNCTYPE(None, pointer, pointer)(syscall), x86.UC_X86_INS_SYSCALL)
+        self._hook(
+            unicorn.UC_HOOK_INSN,
+            ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(cpuid),
+            x86.UC_X86_INS_CPUID,
+        )
+        self._hook(unicorn.UC_HOOK_INTR, ctypes.CFUNCTYPE(None, pointer, u32_t, pointer)(interrupt))
+        self._hook(unicorn.UC_HOOK_INSN_INVALID, ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer)(invalid))
+
+    def _hook(self, kind: int, callback: Any, instruction: int | None = None) -> None:
+        # Raw callbacks cost a third of the binding's, which wrap each in a second Python call.
+        self._keep.append(callback)
+        add = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int, *[ctypes.c_void_p] * 5)(
+            ctypes.cast(self._state.lib.uc_hook_add, ctypes.c_void_p).value or 0
+        )
+        hook = ctypes.c_size_t()
+        result = add(
+            self._handle,
+            ctypes.addressof(hook),
+            kind,
+            ctypes.cast(callback, ctypes.c_void_p),
+            0,
+            1,
+            0,
+            instruction,
+        )
+        if result:
+            raise EngineError(f"unicorn refuses a hook (error {result})")
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self.stop()
+
+    # -- registers -------------------------------------------------------------------------------------------------
+
+    @property
+    def rflags(self) -> int:
+        self._scratch.value = 0
+        self._reg_read(self._handle, x86.UC_X86_REG_EFLAGS, self._scratch_at)
+        return self._scratch.value & 0xFFFFFFFF
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self._scratch.value = value
+        self._reg_write(self._handle, x86.UC_X86_REG_EFLAGS, self._scratch_at)
+
+    @property
+    def cr2(self) -> int:
+        return self._u64[layout.CR2 // 8]
+
+    @property
+    def cr3(self) -> int:
+        return self._u64[layout.CR3 // 8]
+
+    @cr3.setter
+    def cr3(self, value: int) -> None:
+        self._update_cr3(self._env, value)
+        if not self._paging:
+            self._enter_user_mode()
+
+    def _enter_user_mode(self) -> None:
+        self._paging = True
+        self._uc.reg_write(x86.UC_X86_REG_CR4, CR4)
+        self._uc.msr_write(MSR_EFER, EFER)
+        self._uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE_PG_ETC)
+        self._u32[layout.HFLAGS // 4] |= HF_CPL
+
+    @property
+    def fs_base(self) -> int:
+        return self._u64[36]
+
+    @fs_base.setter
+    def fs_base(self, value: int) -> None:
+        self._u64[36] = value
+
+    @property
+    def gs_base(self) -> int:
+        return self._u64[39]
+
+    @gs_base.setter
+    def gs_base(self, value: int) -> None:
+        self._u64[39] = value
+
+    @property
+    def cr0_ts(self) -> bool:
+        return bool(self._u64[layout.CR0 // 8] & CR0_TS)
+
+    @cr0_ts.setter
+    def cr0_ts(self, value: bool) -> None:
+        self._state.update_cr0(self._env, CR0_PE_PG_ETC | (CR0_TS if value else 0))
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def segment(self, which: int) -> int:
+        return self._u32[CpuState.segment_field(which, 0) // 4] & 0xFFFF
+
+    def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
+        u32 = self._u32
+        if (
+            code,
+            stack,
+        ) == self._code_stack:  # kernel and user share flat segments: only the selectors differ
+            u32[layout.SEGMENTS // 4 + 6] = cs
+            u32[layout.SEGMENTS // 4 + 12] = ss
+            return
+        self._code_stack = (code, stack)
+        self._load(CS, cs, code)
+        self._load(SS, ss, stack)
+        hflags = u32[layout.HFLAGS // 4] & ~(HF_CS32 | HF_SS32 | HF_ADDSEG | HF_CS64)
+        if code >> 32 & DESC_L:
+            hflags |= HF_CS64 | HF_CS32 | HF_SS32
+        else:
+            hflags |= HF_ADDSEG
+            hflags |= HF_CS32 if code >> 32 & DESC_B else 0
+            hflags |= HF_SS32 if stack >> 32 & DESC_B else 0
+        u32[layout.HFLAGS // 4] = hflags
+
+    def set_segment(self, which: int, selector: int, descriptor: int) -> None:
+        self._load(which, selector, descriptor)
+
+    def _load(self, which: int, selector: int, descriptor: int) -> None:
+        """Fill a segment's cache as cpu_x86_load_seg does."""
+        at = CpuState.segment_field(which, 0)
+        low, high = descriptor & 0xFFFFFFFF, descriptor >> 32
+        limit = low & 0xFFFF | high & 0xF0000
+        self._u32[at // 4] = selector
+        self._u64[at // 8 + 1] = low >> 16 | (high & 0xFF) << 16 | high & 0xFF000000
+        self._u32[at // 4 + 4] = limit << 12 | 0xFFF if high & DESC_G else limit
+        self._u32[at // 4 + 5] = high & 0x00F0FF00
+
+    def set_gdt(self, base: int, limit: int) -> None:
+        at = CpuState.segment_field(layout.GDT, 0)
+        self._u64[at // 8 + 1], self._u32[at // 4 + 4] = base, limit
+
+    def set_ldt(self, base: int, limit: int) -> None:
+        at = CpuState.segment_field(layout.LDT, 0)
+        self._u32[at // 4] = 0 if not limit else 8  # any selector that is not null
+        self._u64[at // 8 + 1], self._u32[at // 4 + 4] = base, limit
+        self._u32[at // 4 + 5] = 0x8200 if limit else 0  # present LDT
+
+    # -- translations and code -------------------------------------------------------------------------------------
+
+    def flush_tlb(self) -> None:
+        self._tlb_flush(self._cpu)
+
+    def flush_page(self, va: int) -> None:
+        self._tlb_flush_page(self._cpu, va)
+
+    def invalidate_code(self, address: int, size: int) -> None:
+        self._uc.ctl_remove_cache(address, address + size)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def counter(self) -> int:
+        return int(self._state.get_tsc(self._env))
+
+    def counter_hz(self) -> float:
+        """Measured since the engine was opened, at least over 20 ms: a few parts in a million."""
+        began, first = self._calibrate_from
+        while time.monotonic_ns() - began < 20_000_000:
+            time.sleep(0.002)
+        # The shortest of several readings of both clocks brackets the counter best.
+        readings = []
+        for _ in range(20):
+            before = time.monotonic_ns()
+            ticks = self.counter()
+            after = time.monotonic_ns()
+            readings.append((after - before, (before + after) // 2, ticks))
+        _, at, ticks = min(readings)
+        return (ticks - first) * 1e9 / (at - began)
+
+    def set_tsc_offset(self, offset: int) -> None:
+        self._u64[self._state.tsc_offset] = offset & M64
+
+    @property
+    def stop_at(self) -> int | None:
+        return self._stop_at
+
+    @stop_at.setter
+    def stop_at(self, value: int | None) -> None:
+        self._stop_at = value
+        if self._running:
+            self._arm()
+
+    def _arm(self) -> None:
+        after = LONGEST_RUN_NS
+        if self._stop_at is not None:
+            after = min(after, int((self._stop_at - self.counter()) * self._ns_per_tick))
+        self._alarm.arm(after)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        if not self._ns_per_tick:
+            self._ns_per_tick = 1e9 / self.counter_hz()
+        self._running, self._stopping = True, False
+        self._arm()
+        try:
+            result = self._state.emu_start(self._handle, self.regs[RIP], 1, 0, 0)
+        finally:
+            self._running = False
+            self._alarm.disarm()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if result:
+            message = ctypes.cast(self._state.lib.uc_strerror(result), ctypes.c_char_p).value or b"?"
+            raise EngineError(f"unicorn gave up at RIP {self.regs[RIP]:#x}: {message.decode()} (error {result})")
+
+    def stop(self) -> None:
+        if not self._closed:
+            self._state.emu_stop(self._handle)
+
+    def native_cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
+        return self._native_cpuid.get((leaf, subleaf), (0, 0, 0, 0))
+
+    def save(self) -> bytes:
+        return bytes(self._state.bytes[:STATE_BYTES])
+
+    def restore(self, state: bytes) -> None:
+        self._state.bytes[:STATE_BYTES] = state
+        self.flush_tlb()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._alarm.close()  # first: its thread calls into the instance
+        self.regs.release()
+        self._state.release()
+        self._keep.clear()
+        self._uc = None

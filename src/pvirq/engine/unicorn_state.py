@@ -1,0 +1,215 @@
+"""The private half of the Unicorn engine: QEMU's CPU state, reached directly because the documented API is too slow
+(3 us a register) and too small (no CPL, no error code, CR3 cut to 32 bits).
+
+Everything here depends on one build of one version, so nothing is taken on trust: each offset is found or checked
+by what it does when the engine is opened, in a few milliseconds, and any surprise is one EngineError. The layout
+is that of CPUX86State in QEMU 5.0's target/i386/cpu.h, from which Unicorn 2 was made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Any
+
+import unicorn
+from unicorn import x86_const as x86
+
+from pvirq.engine.protocol import CpuidLeaf, EngineError
+
+VERSION = "2.1.4"
+
+# struct CPUX86State, in bytes.
+REGS, EIP = 0, 128
+HFLAGS = 176
+SEGMENTS = 184  # ES CS SS DS FS GS LDT TR, then GDT, IDT: {u32 selector; u64 base; u32 limit; u32 flags}
+SEGMENT_SIZE = 24
+LDT, TR, GDT = 6, 7, 8
+CR0 = 424
+CR2, CR3, CR4 = CR0 + 16, CR0 + 24, CR0 + 32
+
+_PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
+
+
+class CpuState:
+    """Views of the CPU state of one Unicorn instance, and the internal functions that pvirq calls."""
+
+    def __init__(self, uc: Any, memory: memoryview) -> None:
+        if unicorn.__version__ != VERSION:
+            raise EngineError(
+                f"unicorn {unicorn.__version__} is installed, but pvirq needs exactly {VERSION}: "
+                f"pip install unicorn=={VERSION}"
+            )
+        from unicorn.unicorn_py3 import unicorn as binding
+
+        self.lib = binding.uclib
+        self.handle = ctypes.c_void_p(uc._uch.value)
+        self._uc = uc
+        self._memory = memory
+        self._find_cpu()
+        self._bind_functions()
+        self._disable_mid_block_exits()
+        self._find_exception_fields()
+        self._find_tsc_offset()
+        self._check()
+
+    # -- finding things ----------------------------------------------------------------------------------------
+
+    def _find_cpu(self) -> None:
+        get_cpu = self.lib.qemu_get_cpu_x86_64
+        get_cpu.restype, get_cpu.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int]
+        self.cpu = get_cpu(self.handle, -1)  # the one CPU has no index
+        if not self.cpu:
+            raise self._surprise("no CPU object")
+        magic = [0x1122334455660000 + i * 0x101 for i in range(8)]
+        for i, value in enumerate(magic):
+            self._uc.reg_write(x86.UC_X86_REG_R8 + i, value)
+        with open("/proc/self/mem", "rb", buffering=0) as mem:
+            around = os.pread(mem.fileno(), 0x20000, self.cpu)
+        at = around.find(struct.pack("<8Q", *magic))
+        if at < 0:
+            raise self._surprise("registers not found in the CPU state")
+        for i in range(8):
+            self._uc.reg_write(x86.UC_X86_REG_R8 + i, 0)
+        self.env = self.cpu + at - 64
+        whole = (ctypes.c_uint8 * 0x2000).from_address(self.env)
+        self.bytes = memoryview(whole).cast("B")
+        self.u32 = self.bytes.cast("I")
+        self.u64 = self.bytes.cast("Q")
+
+    def _bind_functions(self) -> None:
+        def bind(name: str, *argtypes: Any, restype: Any = None) -> Any:
+            # A fresh function object each time: the binding's own keep their types.
+            try:
+                address = ctypes.cast(getattr(self.lib, name), ctypes.c_void_p).value
+            except AttributeError:
+                raise self._surprise(f"{name} is not exported") from None
+            assert address is not None
+            return ctypes.CFUNCTYPE(restype, *argtypes)(address)
+
+        pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+        self.tlb_flush = bind("tlb_flush_x86_64", pointer)
+        self.tlb_flush_page = bind("tlb_flush_page_x86_64", pointer, u64)
+        self.update_cr0 = bind("cpu_x86_update_cr0_x86_64", pointer, ctypes.c_uint32)
+        self.update_cr3 = bind("cpu_x86_update_cr3_x86_64", pointer, u64)
+        self.get_tsc = bind("cpu_get_tsc_x86_64", pointer, restype=u64)
+        self.emu_start = bind("uc_emu_start", pointer, u64, u64, u64, ctypes.c_size_t, restype=ctypes.c_int)
+        self.emu_stop = bind("uc_emu_stop", pointer, restype=ctypes.c_int)
+        self.reg_read = bind("uc_reg_read", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
+        self.reg_write = bind("uc_reg_write", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
+
+    def _disable_mid_block_exits(self) -> None:
+        # A stop that is asked for from another thread is also seen after each load and store, where Unicorn leaves
+        # the block and runs that instruction a second time: `lock inc` would count twice. With
+        # uc_struct.no_exit_request set only the check at the start of a block remains, which is exact. The field
+        # is the operand of the first compare in check_exit_request.
+        code = ctypes.string_at(ctypes.cast(self.lib.check_exit_request_x86_64, ctypes.c_void_p).value or 0, 24)
+        at = code.find(b"\x80\xbe")  # cmp byte ptr [rsi + disp32], imm8
+        if at < 0 or code[at + 6] != 0:
+            raise self._surprise("check_exit_request looks different")
+        (offset,) = struct.unpack_from("<i", code, at + 2)
+        if not 0 < offset < 0x1000:
+            raise self._surprise("check_exit_request looks different")
+        assert self.handle.value is not None
+        ctypes.c_uint8.from_address(self.handle.value + offset).value = 1
+
+    def _find_exception_fields(self) -> None:
+        # error_code; exception_is_int; exception_next_eip; and, further on, old_exception, which QEMU clears on
+        # delivery and Unicorn never: a second contributory fault would become #DF.
+        seen: list[int] = []
+
+        def note(uc: Any, vector: int, _data: object) -> None:
+            seen.append(vector)
+            uc.emu_stop()
+
+        hook = self._uc.hook_add(unicorn.UC_HOOK_INTR, note)
+        errors: set[int] = set(range(128, len(self.u32)))
+        olds = set(errors)
+        for selector in (0x7A58, 0x3B68):
+            before = list(self.u32)
+            self._snippet(b"\x8e\xd8", rax=selector)  # mov ds, ax: #GP(selector)
+            errors &= {i for i in errors if self.u32[i] == selector}
+            olds &= {i for i in olds if self.u32[i] == 13 and before[i] == 0xFFFFFFFF}
+            for i in olds:
+                self.u32[i] = 0xFFFFFFFF
+        if len(errors) != 1 or len(olds) != 1 or seen != [13, 13]:
+            raise self._surprise("exception fields not found")
+        self.error_code, self.old_exception = errors.pop(), olds.pop()
+        self.exception_is_int = self.error_code + 1
+        before_int = self.u32[self.exception_is_int]
+        self._snippet(b"\xcd\x2b")
+        is_int = self.u32[self.exception_is_int]
+        self._snippet(b"\x8e\xd8", rax=0x7A58)
+        if (before_int, is_int, self.u32[self.exception_is_int], seen[2:]) != (0, 1, 0, [0x2B, 13]):
+            raise self._surprise("exception_is_int not found")
+        self.u32[self.old_exception] = 0xFFFFFFFF
+        self._uc.hook_del(hook)
+
+    def _find_tsc_offset(self) -> None:
+        self.tsc_offset = (self.old_exception * 4 + 16) // 8  # old_exception, vm_vmcb, tsc_offset
+        self.u64[self.tsc_offset] = 1 << 60
+        self._snippet(b"\x0f\x31")  # rdtsc
+        ahead = (self._reg(x86.UC_X86_REG_RAX) | self._reg(x86.UC_X86_REG_RDX) << 32) - self.get_tsc(self.env)
+        self.u64[self.tsc_offset] = 0
+        if abs(ahead - (1 << 60)) > 1 << 40:
+            raise self._surprise("TSC offset not found")
+
+    def _check(self) -> None:
+        """The fields taken from the header alone: each must change where the API changes it."""
+        uc, u64 = self._uc, self.u64
+        probes = [
+            (x86.UC_X86_REG_RSP, REGS + 32), (x86.UC_X86_REG_RIP, EIP), (x86.UC_X86_REG_CR2, CR2),
+            (x86.UC_X86_REG_FS_BASE, self.segment_field(4, 8)), (x86.UC_X86_REG_GS_BASE, self.segment_field(5, 8)),
+        ]  # fmt: skip
+        for register, offset in probes:
+            saved, probe = uc.reg_read(register), 0x5A5A_1000 + register
+            uc.reg_write(register, probe)
+            if u64[offset // 8] != probe:
+                raise self._surprise(f"register {register} is not at {offset}")
+            uc.reg_write(register, saved)
+        for register, offset in [(x86.UC_X86_REG_CR4, CR4), (x86.UC_X86_REG_CR0, CR0)]:
+            if u64[offset // 8] != uc.reg_read(register):
+                raise self._surprise(f"register {register} is not at {offset}")
+        if self.u32[HFLAGS // 4] & 3:
+            raise self._surprise("CPL is not 0 at reset")
+
+    @staticmethod
+    def segment_field(which: int, field: int) -> int:
+        """Byte offset of a field in a segment's cache: 0 selector, 8 base, 16 limit, 20 flags."""
+        return SEGMENTS + which * SEGMENT_SIZE + field
+
+    # -- running a few bytes before there is a guest ---------------------------------------------------------------
+
+    def _reg(self, register: int) -> int:
+        return int(self._uc.reg_read(register))
+
+    def _snippet(self, code: bytes, rax: int = 0, rcx: int = 0) -> None:
+        self._memory[_PROBE_PAGE : _PROBE_PAGE + len(code)] = code
+        self._uc.ctl_remove_cache(_PROBE_PAGE, _PROBE_PAGE + 64)
+        self._uc.reg_write(x86.UC_X86_REG_RAX, rax)
+        self._uc.reg_write(x86.UC_X86_REG_RCX, rcx)
+        self._uc.emu_start(_PROBE_PAGE, _PROBE_PAGE + len(code))
+        self._memory[_PROBE_PAGE : _PROBE_PAGE + len(code)] = bytes(len(code))
+
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
+        """Run CPUID in this CPU."""
+        self._snippet(b"\x0f\xa2", rax=leaf, rcx=subleaf)
+        eax, ebx, ecx, edx = (
+            self._reg(register) & 0xFFFFFFFF
+            for register in (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
+        )
+        return eax, ebx, ecx, edx
+
+    def release(self) -> None:
+        """Free the instance; nothing here may be used afterwards."""
+        for view in (self.u32, self.u64, self.bytes):
+            view.release()
+        vars(self._uc)["_Uc__finalizer"]()  # uc_close, without waiting for the cycles that its hooks make
+
+    @staticmethod
+    def _surprise(what: str) -> EngineError:
+        return EngineError(
+            f"this build of unicorn {unicorn.__version__} is not the one that pvirq knows ({what}): "
+            f"reinstall it from its wheel with pip install --force-reinstall unicorn=={VERSION}"
+        )

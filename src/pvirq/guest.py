@@ -1,0 +1,268 @@
+"""A running guest as a program sees it: its console, commands run in it, its interrupts and its end."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pvirq.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
+from pvirq.abi.sched import (
+    SHUTDOWN_crash,
+    SHUTDOWN_poweroff,
+    SHUTDOWN_reboot,
+    SHUTDOWN_soft_reset,
+    SHUTDOWN_suspend,
+    SHUTDOWN_watchdog,
+)
+from pvirq.drivers.console import Console
+from pvirq.pv import builder
+from pvirq.pv.guest import PvGuest
+from pvirq.pv.image import KernelImage
+from pvirq.toolstack import domain as toolstack
+from pvirq.xen import evtchn
+from pvirq.xen.domain import Domain
+from pvirq.xen.timer import NS_PER_S
+
+if TYPE_CHECKING:
+    from pvirq.host import Host
+
+SHUTDOWN_NAMES: Final = {
+    SHUTDOWN_poweroff: "poweroff",
+    SHUTDOWN_reboot: "reboot",
+    SHUTDOWN_suspend: "suspend",
+    SHUTDOWN_crash: "crash",
+    SHUTDOWN_watchdog: "watchdog",
+    SHUTDOWN_soft_reset: "soft_reset",
+}
+AGENT_READY: Final = b"\x1epvirq ready\n"
+DEFAULT_TIMEOUT: Final = 60.0
+
+
+class HostStuck(Exception):
+    """Nothing can happen any more: every vCPU waits for an event that no timer and nobody outside will send."""
+
+
+class GuestError(Exception):
+    """A guest ended, or didn't answer in time, while something was wanted of it. One line."""
+
+
+class GuestCrashed(GuestError):
+    """The guest crashed."""
+
+
+class GuestTimeout(GuestError):
+    """So many seconds of the guest's time passed without what was waited for."""
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command in the guest printed (standard output and error together) and its exit status."""
+
+    stdout: bytes
+    status: int
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode("utf-8", "replace")
+
+
+class Guest:
+    """One guest of a host. Made by `Host.boot`; gone with `Host.destroy` or the host.
+
+    All times are seconds of the guest's own clock, which runs with the real one while the guest works and
+    jumps ahead while it sleeps.
+    """
+
+    def __init__(self, host: Host, domain: Domain, machine: PvGuest, name: str) -> None:
+        self.host = host
+        self.domain = domain
+        self.machine = machine
+        self.name = name
+        self.image: KernelImage | None = None
+        self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
+        self._waiting_for_agent = True
+        self._commands = 0
+        self._released = False
+
+    # -- coming and going ----------------------------------------------------------------------------------------------
+
+    def start(self, image: KernelImage, initrd: bytes, append: str) -> None:
+        """Build the domain and connect it to domain 0 (as `xl create` does)."""
+        host, domain, machine = self.host, self.domain, self.machine
+        self.image = image
+        # In this order, for the guest's ports are 1 and 2.
+        machine.store_port = evtchn.alloc_unbound(self.host.dom0.domain, domain.domid, 0)
+        machine.console_port = evtchn.alloc_unbound(self.host.dom0.domain, domain.domid, 0)
+        machine.uuid = uuid.UUID(self.uuid).bytes
+        layout = builder.build(machine, image, initrd, append)
+        store_mfn, console_mfn = machine.mfn(layout.xenstore), machine.mfn(layout.console)
+        grants = domain.grant_table
+        assert grants is not None
+        grants.set_entry(GNTTAB_RESERVED_CONSOLE, 0, console_mfn)
+        grants.set_entry(GNTTAB_RESERVED_XENSTORE, 0, store_mfn)
+        toolstack.write_domain(
+            host.store,
+            toolstack.DomainInfo(
+                domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
+                store_mfn, machine.console_port, console_mfn, cmdline=append, uuid=self.uuid,
+            ),
+        )  # fmt: skip
+        page = domain.machine.page
+        ports: list[int] = []
+        ring = host.xenstored.introduce(
+            domain.domid, page(store_mfn), lambda: host.xenstored_events.notify(ports[0]) if ports else None
+        )
+        ports.append(
+            host.xenstored_events.bind_interdomain(domain.domid, machine.store_port, lambda _port: ring.service())
+        )
+        self.console = Console(page(console_mfn), lambda: host.xenconsoled_events.notify(self._console_port))
+        self._console_port = host.xenconsoled_events.bind_interdomain(
+            domain.domid, machine.console_port, lambda _port: self.console.service()
+        )
+        self._store_port = ports[0]
+        machine.on_console_io = self.console.put
+
+    def release(self) -> None:
+        """Take back what domain 0 holds of the guest; `Host.destroy` calls this."""
+        if self._released:
+            return
+        self._released = True
+        host = self.host
+        if hasattr(self, "_store_port"):
+            self.console.service()
+            host.xenconsoled_events.unbind(self._console_port)
+            host.xenstored_events.unbind(self._store_port)
+            self.console.close()
+            host.xenstored.release(self.domain.domid)
+        toolstack.remove_domain(host.store, self.domain.domid, self.uuid)
+
+    @property
+    def ended(self) -> bool:
+        """The guest has shut down or crashed."""
+        return self.domain.shutdown_reason is not None
+
+    @property
+    def shutdown_reason(self) -> str | None:
+        """poweroff, reboot, suspend, crash, watchdog or soft_reset; None while the guest runs."""
+        reason = self.domain.shutdown_reason
+        return None if reason is None else SHUTDOWN_NAMES.get(reason, f"reason {reason}")
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def _run(self, until: Callable[[], bool], timeout: float | None, what: str) -> None:
+        """Run the host until `until()`; an end of the guest or the timeout before that is an error."""
+        limit = None if timeout is None else int(timeout * NS_PER_S)
+        try:
+            done = self.host.run(lambda: until() or self.ended, limit)
+        except HostStuck:
+            raise GuestTimeout(f"{self.name} sleeps for ever; waiting for {what}") from None
+        if until():
+            return
+        if not done:
+            raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for {what}")
+        if self.shutdown_reason == "crash":
+            raise GuestCrashed(f"{self.name} crashed{f': {self.machine.crash}' if self.machine.crash else ''}")
+        raise GuestError(f"{self.name} ended ({self.shutdown_reason}); waiting for {what}")
+
+    def wait_for(self, text: str | bytes, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Run until `text` appears on the console, or has already (within the output that is kept)."""
+        wanted = text.encode() if isinstance(text, str) else text
+        self._run(lambda: wanted in self.console.output, timeout, f"{wanted.decode('utf-8', 'replace')!r}")
+
+    def wait(self, timeout: float | None = DEFAULT_TIMEOUT) -> str:
+        """Run until the guest ends, and return its `shutdown_reason`."""
+        self._run(lambda: self.ended, timeout, "its end")
+        assert self.shutdown_reason is not None
+        return self.shutdown_reason
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: str,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> CommandResult:
+        """Run a shell command in the guest, whose initrd has pvirq's agent, and wait for its end.
+
+        `on_output` gets its output in pieces, as it comes. GuestTimeout, GuestCrashed or GuestError where the
+        command doesn't end.
+        """
+        self._await_agent(timeout)
+        self._commands += 1
+        nonce = f"pvirq{self._commands}"
+        receiver = _Receiver(nonce.encode(), on_output)
+        remove = self.console.on_output(receiver.feed)
+        try:
+            line = base64.b64encode(command.encode("utf-8", "surrogateescape")).decode()
+            self.console.send(f"{nonce} {line}\n".encode())
+            self._run(lambda: receiver.status is not None, timeout, f"the end of {command!r}")
+        finally:
+            remove()
+        assert receiver.status is not None
+        return CommandResult(bytes(receiver.output), receiver.status)
+
+    def _await_agent(self, timeout: float | None) -> None:
+        if self._waiting_for_agent:
+            self._run(lambda: AGENT_READY in self.console.output, timeout, "the agent in the guest's initrd")
+            self._waiting_for_agent = False
+
+    def poweroff(self, timeout: float | None = DEFAULT_TIMEOUT) -> str:
+        """Tell the agent to power the guest off, and wait for it."""
+        self._await_agent(timeout)
+        self.console.send(b"poweroff\n")
+        return self.wait(timeout)
+
+    def proc_interrupts(self) -> str:
+        """The guest's own /proc/interrupts, read in the guest."""
+        return self.run("cat /proc/interrupts").text
+
+
+class _Receiver:
+    """Picks one command's output out of the console's: what stands between its begin and end marks."""
+
+    def __init__(self, nonce: bytes, on_output: Callable[[bytes], None] | None) -> None:
+        self._begin = b"\x1e" + nonce + b" begin\n"
+        self._end = b"\x1e" + nonce + b" end "
+        self._on_output = on_output
+        self._pending = bytearray()
+        self._begun = False
+        self.output = bytearray()
+        self.status: int | None = None
+
+    def feed(self, data: bytes) -> None:
+        if self.status is not None:
+            return
+        self._pending += data
+        if not self._begun:
+            at = self._pending.find(self._begin)
+            if at < 0:
+                return
+            self._begun = True
+            del self._pending[: at + len(self._begin)]
+        at = self._pending.find(self._end)
+        if at < 0:
+            # The last bytes may be the start of the end mark.
+            at = len(self._pending)
+            keep = self._pending.rfind(b"\x1e")
+            if keep >= 0 and self._end.startswith(self._pending[keep : keep + len(self._end)]):
+                at = keep
+            self._take(at)
+            return
+        stop = self._pending.find(b"\n", at)
+        if stop < 0:
+            self._take(at)
+            return
+        number = bytes(self._pending[at + len(self._end) : stop])
+        self._take(at)
+        self.status = int(number) if number.isdigit() else 255
+
+    def _take(self, size: int) -> None:
+        piece = bytes(self._pending[:size])
+        del self._pending[:size]
+        self.output += piece
+        if piece and self._on_output is not None:
+            self._on_output(piece)

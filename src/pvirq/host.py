@@ -1,0 +1,252 @@
+"""A host: the hypervisor, domain 0, the guests, and the one loop that runs them all.
+
+with pvirq.Host() as host:
+    guest = host.boot("vmlinuz", exec_agent=True)
+    print(guest.run("cat /proc/interrupts").stdout.decode())
+    print(host.dom0.proc_interrupts())
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from pvirq.abi.errno import XenError
+from pvirq.abi.xen import VIRQ_DOM_EXC
+from pvirq.drivers.xenstore import DomainState, Xenstored
+from pvirq.engine import DEFAULT_ENGINE
+from pvirq.guest import Guest, HostStuck
+from pvirq.linux import pvops
+from pvirq.pv.builder import BuildError
+from pvirq.pv.guest import PvGuest
+from pvirq.pv.image import KernelImage, load_image
+from pvirq.toolstack import domain as toolstack
+from pvirq.xen import evtchn
+from pvirq.xen.domain import Domain, Hypervisor, Vcpu
+from pvirq.xen.memory import Machine
+from pvirq.xen.timer import NS_PER_S, Clock
+
+MIB: Final = 1 << 20
+DEFAULT_MEMORY: Final = 256 * MIB
+# How long a vCPU runs while another of the host could.
+SLICE_NS: Final = 5_000_000
+
+
+class Host:
+    """One host in this process; several may exist side by side, each used from one thread at a time.
+
+    `idle`, where set, is called instead of jumping over time in which every vCPU sleeps: with the ns until the
+    next timer (None: no timer), it returns how many ns to let pass. An interactive console waits there for its
+    user, in real time.
+    """
+
+    def __init__(
+        self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True, wallclock: float = 0,
+        machine_memory: int = 16 << 30,
+    ) -> None:  # fmt: skip
+        """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes."""
+        self.engine_name = engine
+        self.hypervisor = Hypervisor(Machine(machine_memory), Clock())
+        self.clock = self.hypervisor.clock
+        self.wallclock_ns = int(wallclock * NS_PER_S)
+        self.guests: list[Guest] = []
+        self.idle: Callable[[int | None], int] | None = None
+        self._machines: dict[int, PvGuest] = {}
+        self._running: PvGuest | None = None
+        self._running_vcpu: Vcpu | None = None
+        self._turn = 0
+        self._closed = False
+        self._clocked = False
+        self.hypervisor.on_wake = self._wake
+        self.hypervisor.on_shutdown = self._shut_down
+        self.clock.on_earlier = self._earlier_deadline
+        self.has_dom0 = dom0
+        if dom0:
+            self._start_dom0(dom0_vcpus)
+
+    def _start_dom0(self, vcpus: int) -> None:
+        self.dom0 = pvops.dom0(self.hypervisor, vcpus)
+        self.xenstored = Xenstored(domain_state=self._domain_state, clock=self.clock)
+        self.store = self.xenstored.client()
+        self.xenstored_events = self.dom0.evtchn_user("xenstored")
+        self.xenconsoled_events = self.dom0.evtchn_user("xenconsoled")
+        self.xenstored_events.bind_virq(VIRQ_DOM_EXC, lambda _port: self.xenstored.check_domains())
+        if self.dom0.events.store_port:
+            self.xenstored_events.bind_interdomain(0, self.dom0.events.store_port)
+        toolstack.write_dom0(self.store)
+
+    def _domain_state(self, domid: int) -> DomainState:
+        domain = self.hypervisor.domains.get(domid)
+        if domain is None:
+            return DomainState.ABSENT
+        if domain.dying:
+            return DomainState.DYING
+        return DomainState.ALIVE if domain.shutdown_reason is None else DomainState.SHUTDOWN
+
+    # -- guests --------------------------------------------------------------------------------------------------------
+
+    def boot(
+        self, kernel: str | os.PathLike[str] | bytes | KernelImage, *, initrd: bytes | str | os.PathLike[str] = b"",
+        append: str = "", memory: int = DEFAULT_MEMORY, vcpus: int = 1, name: str | None = None,
+    ) -> Guest:  # fmt: skip
+        """Build a guest that will start at its kernel's entry when the host next runs; `memory` in bytes.
+
+        ImageError or BuildError, one line, for a kernel, initrd or size that can't work; EngineError where the
+        engine can't.
+        """
+        image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
+        data = initrd if isinstance(initrd, bytes) else _read_initrd(Path(initrd))
+        try:
+            domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+        except XenError as error:
+            raise BuildError(error.why) from None
+        try:
+            machine = PvGuest(domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns)
+        except XenError as error:
+            self.hypervisor.destroy_domain(domain)
+            raise BuildError(f"{memory // MIB} MiB of guest memory: {error.why}") from None
+        self._machines[domain.domid] = machine
+        if not self._clocked:
+            self._clocked = True
+            self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
+        self.clock.on_offset(machine.engine.set_tsc_offset)
+        guest = Guest(self, domain, machine, name or f"guest{domain.domid}")
+        self.guests.append(guest)
+        try:
+            guest.start(image, data, append)
+        except BaseException:
+            self.destroy(guest)
+            raise
+        return guest
+
+    def destroy(self, guest: Guest) -> None:
+        """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
+        if guest not in self.guests:
+            return
+        self.guests.remove(guest)
+        guest.release()
+        machine = self._machines.pop(guest.domain.domid)
+        self.clock.remove_offset(machine.engine.set_tsc_offset)
+        self.hypervisor.destroy_domain(guest.domain)
+        if not self._machines:
+            self.clock.stop()
+            self.clock.detach_counter()
+            self._clocked = False
+        elif self.clock.is_counter(machine.engine.counter):
+            self.clock.replace_counter(next(iter(self._machines.values())).engine.counter)
+        machine.close()
+        if self.has_dom0:
+            evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _wake(self, vcpu: Vcpu) -> None:
+        # Someone else can run now: end the turn of the one that does.
+        if self._running is not None and vcpu is not self._running_vcpu:
+            self._running.engine.stop()
+
+    def _shut_down(self, domain: Domain) -> None:
+        if self._running is not None:
+            self._running.engine.stop()
+        if self.has_dom0:
+            evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
+    def _earlier_deadline(self, when: int) -> None:
+        if self._running is not None:
+            self._running.engine.stop_at = self.clock.counter_at(when)
+
+    def run(self, until: Callable[[], bool], timeout_ns: int | None = None) -> bool:
+        """Run all domains until `until()` holds: True; or until `timeout_ns` of virtual time have passed: False.
+
+        HostStuck where neither can come about any more.
+        """
+        clock = self.clock
+        limit = None if timeout_ns is None else clock.now() + timeout_ns
+        timer = None if limit is None else clock.at(limit, lambda: None)
+        clock.start()
+        try:
+            while True:
+                clock.fire_due()
+                if until():
+                    return True
+                if limit is not None and clock.now() >= limit:
+                    return False
+                if not self._step():
+                    self._pass_time()
+        finally:
+            clock.stop()
+            if timer is not None:
+                timer.cancel()
+
+    def _step(self) -> bool:
+        """Give the next runnable vCPU a turn; False where none is runnable."""
+        if self.has_dom0:
+            busy = False
+            for vcpu in self.dom0.domain.vcpus:
+                if vcpu.runnable and vcpu.event_pending():
+                    self.dom0.run(vcpu)
+                    busy = True
+            if busy:
+                return True
+        ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
+        if not ready:
+            return False
+        self._turn += 1
+        vcpu = ready[self._turn % len(ready)]
+        self._run_vcpu(vcpu, alone=len(ready) == 1)
+        return True
+
+    def _run_vcpu(self, vcpu: Vcpu, alone: bool) -> None:
+        clock = self.clock
+        until = clock.next_deadline()
+        if not alone:
+            slice_end = clock.now() + SLICE_NS
+            until = slice_end if until is None else min(until, slice_end)
+        self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
+        try:
+            self._running.run(vcpu, None if until is None else clock.counter_at(until))
+        finally:
+            self._running = self._running_vcpu = None
+
+    def _pass_time(self) -> None:
+        """Every vCPU sleeps: on to the next timer."""
+        clock = self.clock
+        deadline = clock.next_deadline()
+        if self.idle is not None:
+            now = clock.now()
+            clock.stop()
+            passed = self.idle(None if deadline is None else max(deadline - now, 0))
+            clock.start()
+            clock.jump_to(now + passed)
+        elif deadline is None:
+            raise HostStuck("every vCPU waits for an event, and no timer is set")
+        else:
+            clock.jump_to(deadline)
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free all guests and the host's memory; idempotent."""
+        if not self._closed:
+            self._closed = True
+            for guest in list(self.guests):
+                self.destroy(guest)
+            self.hypervisor.machine.close()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_initrd(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BuildError(f"initrd {path}: {error.strerror}") from None

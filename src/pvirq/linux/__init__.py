@@ -1,0 +1,1 @@
+"""A guest kernel's interrupt layer in Python: what modelled domains (dom0 always) run."""

@@ -1,0 +1,614 @@
+"""IRQs made of event channels, as Linux 6.1 makes them (drivers/xen/events/events_base.c).
+
+Each port in use has an IRQ with one of three chips: `xen-percpu` (timer VIRQ, IPIs), `xen-dyn` (other VIRQs,
+xenbus), `xen-dyn-lateeoi` (devices, /dev/xen/evtchn), whose handlers say themselves when the next event may
+come, so that a remote domain can't storm this one. Physical IRQs (`xen-pirq`) will be a fourth.
+
+A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbers, as the C ones do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+from typing import Any, Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.event_channel import EVTCHNSTAT_virq
+from pvirq.abi.xen import DOMID_SELF, NR_VIRQS, VCPU_INFO_UPCALL_PENDING, VIRQ_TIMER
+from pvirq.linux.events_2l import Events2l
+from pvirq.linux.events_fifo import EventsFifo
+from pvirq.linux.irq import (
+    IRQF_EARLY_RESUME,
+    IRQF_FORCE_RESUME,
+    IRQF_NO_SUSPEND,
+    IRQF_PERCPU,
+    IrqChip,
+    IrqDesc,
+    IrqError,
+    IrqHandler,
+    IrqLayer,
+)
+from pvirq.linux.kernel import Ipi, Kernel, KernelTimer
+from pvirq.xen import evtchn
+
+EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
+EVENT_EOI_DELAY: Final = 10  # jiffies (xen.event_eoi_delay)
+XEN_EOI_FLAG_SPURIOUS: Final = 1
+
+# Why a port is masked; it opens when no reason is left (EVT_MASK_REASON_*).
+MASK_EXPLICIT: Final = 1
+MASK_TEMPORARY: Final = 2
+MASK_EOI_PENDING: Final = 4
+
+
+class IrqType(IntEnum):
+    """enum xen_irq_type."""
+
+    UNBOUND = 0
+    PIRQ = 1
+    VIRQ = 2
+    IPI = 3
+    EVTCHN = 4
+
+
+@dataclass(eq=False)
+class XenbusDevice:
+    """What the event layer keeps for a split-driver device, shown under xenbus/ in its sysfs directory."""
+
+    otherend_id: int
+    spurious_threshold: int = 1
+    event_channels: int = 0
+    events: int = 0
+    spurious_events: int = 0
+    jiffies_eoi_delayed: int = 0
+
+
+@dataclass(eq=False)
+class IrqInfo:
+    """struct irq_info: what an IRQ is to Xen. `index` is the VIRQ number or the IPI."""
+
+    desc: IrqDesc
+    type: IrqType = IrqType.UNBOUND
+    evtchn: int = 0
+    cpu: int = 0
+    index: int = 0
+    dev: XenbusDevice | None = None
+    mask_reason: int = 0
+    is_active: bool = False  # between the port's event and its EOI: a second CPU must not handle it too
+    is_accounted: bool = False
+    spurious_cnt: int = 0
+    eoi_cpu: int = 0
+    irq_epoch: int = 0
+    eoi_time: int = 0  # jiffies; 0: not delayed
+    delayed: bool = False  # in a CPU's list of delayed EOIs
+
+    @property
+    def irq(self) -> int:
+        return self.desc.irq
+
+
+@dataclass
+class _Lateeoi:
+    """A CPU's delayed EOIs, the earliest first, and the work that will do them."""
+
+    infos: list[IrqInfo] = field(default_factory=list)
+    timer: KernelTimer | None = None
+
+
+class _LoopCtrl:
+    """How long this CPU has been in the event loop (struct evtchn_loop_ctrl)."""
+
+    __slots__ = ("count", "defer_eoi", "timeout")
+
+    def __init__(self) -> None:
+        self.timeout = 0
+        self.count = 0
+        self.defer_eoi = False
+
+
+class EventsBase:
+    """The event channels of one kernel, as IRQs."""
+
+    def __init__(self, kernel: Kernel[Any], irq: IrqLayer) -> None:
+        """Usable after `init_irq`."""
+        self.kernel = kernel
+        self.domain = kernel.domain
+        self.irq = irq
+        nr_cpus = irq.nr_cpus
+        self.ops: EventsFifo | Events2l
+        self._evtchn_to_irq: dict[int, IrqInfo] = {}
+        self._virq_to_irq = [[-1] * NR_VIRQS for _ in range(nr_cpus)]
+        self._ipi_to_irq = [[-1] * len(Ipi) for _ in range(nr_cpus)]
+        self._channels_on_cpu = [0] * nr_cpus
+        self._lateeoi = [_Lateeoi() for _ in range(nr_cpus)]
+        self._irq_epoch = [0] * nr_cpus
+        self._make_chips()
+
+    def init_irq(self, fifo: bool) -> bool:
+        """Choose the ABI and mask every port, on CPU 0 (xen_init_IRQ). Returns whether it is FIFO now."""
+        if fifo:
+            ops = EventsFifo(self.domain)
+            try:
+                ops.percpu_init(0)
+            except XenError:
+                fifo = False
+            else:
+                self.ops = ops
+        if not fifo:
+            self.ops = Events2l(self.domain, lambda: self.kernel.cpu, self.cpu_from_evtchn, self._timer_port)
+        self.kernel.printk(f"xen:events: Using {'FIFO-based' if fifo else '2-level'} ABI")
+        for port in range(self.ops.nr_channels):
+            self.ops.mask(port)
+        return fifo
+
+    def cpu_dead(self, cpu: int) -> None:
+        """A CPU has gone: empty its queues, take over its delayed EOIs."""
+        self.ops.percpu_deinit(cpu)
+        stuck, self._lateeoi[cpu].infos = self._lateeoi[cpu].infos, []
+        for info in stuck:
+            info.delayed = False
+            info.eoi_cpu = self.kernel.cpu
+            self._lateeoi_list_add(info)
+
+    def _make_chips(self) -> None:
+        self.percpu_chip = IrqChip(
+            "xen-percpu",
+            irq_disable=self._disable_dynirq,
+            irq_mask=self._disable_dynirq,
+            irq_unmask=self._enable_dynirq,
+            irq_ack=self._ack_dynirq,
+        )
+        self.dynamic_chip = IrqChip(
+            "xen-dyn",
+            irq_disable=self._disable_dynirq,
+            irq_mask=self._disable_dynirq,
+            irq_unmask=self._enable_dynirq,
+            irq_ack=self._ack_dynirq,
+            irq_mask_ack=self._mask_ack_dynirq,
+            irq_set_affinity=self._set_affinity_irq,
+            irq_retrigger=self._retrigger_dynirq,
+        )
+        self.lateeoi_chip = IrqChip(
+            "xen-dyn-lateeoi",
+            irq_disable=self._disable_dynirq,
+            irq_mask=self._disable_dynirq,
+            irq_unmask=self._enable_dynirq,
+            irq_ack=self._lateeoi_ack_dynirq,
+            irq_mask_ack=self._mask_ack_dynirq,
+            irq_set_affinity=self._set_affinity_irq,
+            irq_retrigger=self._retrigger_dynirq,
+        )
+
+    # Ports and IRQs.
+
+    def info(self, irq: int) -> IrqInfo:
+        """What an IRQ is to Xen; IrqError(EINVAL) for a number without one."""
+        info = self.irq.desc(irq).chip_data
+        if not isinstance(info, IrqInfo):
+            raise IrqError(Errno.EINVAL, f"IRQ {irq} is not an event channel")
+        return info
+
+    def irq_from_evtchn(self, port: int) -> int:
+        """The IRQ of a port, -1 without."""
+        info = self._evtchn_to_irq.get(port)
+        return info.irq if info else -1
+
+    def evtchn_from_irq(self, irq: int) -> int:
+        """The port of an IRQ, 0 without."""
+        desc = self.irq.descs.get(irq)
+        return desc.chip_data.evtchn if desc and isinstance(desc.chip_data, IrqInfo) else 0
+
+    def cpu_from_evtchn(self, port: int) -> int:
+        """The CPU that a port notifies."""
+        info = self._evtchn_to_irq.get(port)
+        return info.cpu if info else 0
+
+    def _timer_port(self, cpu: int) -> int:
+        return self.evtchn_from_irq(self._virq_to_irq[cpu][VIRQ_TIMER])
+
+    def _allocate_irq(self, chip: IrqChip, percpu: bool, name: str, at: int | None = None) -> IrqInfo:
+        desc = self.irq.alloc_desc(at)
+        flow = self.irq.handle_percpu_irq if percpu else self.irq.handle_edge_irq
+        self.irq.set_chip_and_handler_name(desc, chip, flow, name)
+        info = IrqInfo(desc)
+        desc.chip_data = info
+        return info
+
+    def _setup(self, info: IrqInfo, kind: IrqType, port: int, cpu: int, force_affinity: bool) -> None:
+        """Connect an IRQ with its port, masked until the IRQ starts (xen_irq_info_common_setup)."""
+        info.type = kind
+        info.evtchn = port
+        info.cpu = 0
+        info.mask_reason = MASK_EXPLICIT
+        self._evtchn_to_irq[port] = info
+        try:
+            self.ops.setup(port)
+        except XenError:
+            del self._evtchn_to_irq[port]
+            info.evtchn = 0
+            with contextlib.suppress(XenError):
+                evtchn.close(self.domain, port)
+            raise
+        self._bind_evtchn_to_cpu(info, cpu, force_affinity)
+
+    def _bind_evtchn_to_cpu(self, info: IrqInfo, cpu: int, force_affinity: bool) -> None:
+        if force_affinity:
+            info.desc.affinity = info.desc.effective_affinity = 1 << cpu
+        self.ops.bind_to_cpu(info.evtchn, cpu, info.cpu)
+        self._channels_on_cpu_dec(info)
+        info.cpu = cpu
+        self._channels_on_cpu[cpu] += 1
+        info.is_accounted = True
+
+    def _channels_on_cpu_dec(self, info: IrqInfo) -> None:
+        if info.is_accounted:
+            info.is_accounted = False
+            self._channels_on_cpu[info.cpu] -= 1
+
+    def bind_evtchn_to_irq(self, port: int, chip: IrqChip | None = None, dev: XenbusDevice | None = None) -> int:
+        """The IRQ of a port, made if it has none; it starts on CPU 0. `chip` None: xen-dyn.
+
+        XenError where the event array can't grow, IrqError(ENOSPC) without a free number, ENOMEM for a wrong
+        port.
+        """
+        if not 0 < port < self.ops.max_channels:
+            raise IrqError(Errno.ENOMEM, f"port {port}")
+        known = self._evtchn_to_irq.get(port)
+        if known is not None:
+            return known.irq
+        info = self._allocate_irq(chip or self.dynamic_chip, False, "event")
+        info.dev = dev
+        try:
+            self._setup(info, IrqType.EVTCHN, port, 0, False)
+        except XenError:
+            self.irq.free_desc(info.irq)
+            raise
+        if dev is not None:
+            dev.event_channels += 1
+        return info.irq
+
+    def bind_evtchn_to_irq_lateeoi(self, port: int) -> int:
+        return self.bind_evtchn_to_irq(port, self.lateeoi_chip)
+
+    def bind_interdomain_evtchn_to_irq_lateeoi(self, dev: XenbusDevice, remote_port: int) -> int:
+        """Connect to the other end's port. XenError as EVTCHNOP_bind_interdomain."""
+        port = evtchn.bind_interdomain(self.domain, dev.otherend_id, remote_port)
+        return self.bind_evtchn_to_irq(port, self.lateeoi_chip, dev)
+
+    def bind_virq_to_irq(self, virq: int, cpu: int, percpu: bool) -> int:
+        """The IRQ of a VIRQ on a CPU, made if it has none. XenError as EVTCHNOP_bind_virq."""
+        irq = self._virq_to_irq[cpu][virq]
+        if irq != -1:
+            return irq
+        info = self._allocate_irq(self.percpu_chip if percpu else self.dynamic_chip, percpu, "virq")
+        try:
+            try:
+                port = evtchn.bind_virq(self.domain, virq, cpu)
+            except XenError as error:
+                if error.errno != Errno.EEXIST:
+                    raise
+                port = self._find_virq(virq, cpu)  # left behind by the kernel that ran before
+            info.index = virq
+            self._setup(info, IrqType.VIRQ, port, cpu, percpu)
+        except XenError:
+            self.irq.free_desc(info.irq)
+            raise
+        self._virq_to_irq[cpu][virq] = info.irq
+        return info.irq
+
+    def _find_virq(self, virq: int, cpu: int) -> int:
+        for port in range(1, self.ops.max_channels):
+            try:
+                status = evtchn.status(self.domain, DOMID_SELF, port)
+            except XenError as error:
+                if error.errno == Errno.EINVAL:
+                    break  # beyond what is allocated
+                continue
+            if status.status == EVTCHNSTAT_virq and status.virq == virq and status.vcpu == cpu:
+                return port
+        raise XenError(Errno.ENOENT, f"no port with VIRQ {virq}")
+
+    def bind_ipi_to_irq(self, ipi: Ipi, cpu: int) -> int:
+        """The IRQ of an IPI to a CPU, made if it has none. XenError as EVTCHNOP_bind_ipi."""
+        irq = self._ipi_to_irq[cpu][ipi]
+        if irq != -1:
+            return irq
+        info = self._allocate_irq(self.percpu_chip, True, "ipi")
+        info.index = ipi
+        try:
+            self._setup(info, IrqType.IPI, evtchn.bind_ipi(self.domain, cpu), cpu, True)
+        except XenError:
+            self.irq.free_desc(info.irq)
+            raise
+        self._ipi_to_irq[cpu][ipi] = info.irq
+        return info.irq
+
+    # The same with a handler; on failure nothing stays bound.
+
+    def _request(self, irq: int, handler: IrqHandler, flags: int, name: str, dev_id: object) -> int:
+        try:
+            self.irq.request_irq(irq, handler, flags, name, dev_id)
+        except IrqError:
+            self._unbind_from_irq(irq)
+            raise
+        return irq
+
+    def bind_evtchn_to_irqhandler(
+        self, port: int, handler: IrqHandler, flags: int, name: str, *, dev_id: object = None
+    ) -> int:
+        """Handle a port's events with xen-dyn; returns the IRQ.
+
+        Errors of bind_evtchn_to_irq and request_irq.
+        """
+        return self._request(self.bind_evtchn_to_irq(port), handler, flags, name, dev_id)
+
+    def bind_evtchn_to_irqhandler_lateeoi(
+        self, port: int, handler: IrqHandler, flags: int, name: str, *, dev_id: object = None
+    ) -> int:
+        """The same with xen-dyn-lateeoi: the handler, or what it wakes, calls `xen_irq_lateeoi`."""
+        return self._request(self.bind_evtchn_to_irq_lateeoi(port), handler, flags, name, dev_id)
+
+    def bind_interdomain_evtchn_to_irqhandler_lateeoi(
+        self,
+        dev: XenbusDevice,
+        remote_port: int,
+        handler: IrqHandler,
+        flags: int,
+        name: str,
+        *,
+        dev_id: object = None,
+    ) -> int:
+        """Connect to the other end's port and handle its events; returns the IRQ."""
+        irq = self.bind_interdomain_evtchn_to_irq_lateeoi(dev, remote_port)
+        return self._request(irq, handler, flags, name, dev_id)
+
+    def bind_virq_to_irqhandler(
+        self, virq: int, cpu: int, handler: IrqHandler, flags: int, name: str, *, dev_id: object = None
+    ) -> int:
+        irq = self.bind_virq_to_irq(virq, cpu, bool(flags & IRQF_PERCPU))
+        return self._request(irq, handler, flags, name, dev_id)
+
+    def bind_ipi_to_irqhandler(
+        self, ipi: Ipi, cpu: int, handler: IrqHandler, flags: int, name: str, *, dev_id: object = None
+    ) -> int:
+        flags |= IRQF_NO_SUSPEND | IRQF_FORCE_RESUME | IRQF_EARLY_RESUME
+        return self._request(self.bind_ipi_to_irq(ipi, cpu), handler, flags, name, dev_id)
+
+    def unbind_from_irqhandler(self, irq: int, dev_id: object = None) -> None:
+        """Take the handler away and close the port; the number is free again."""
+        if not isinstance(self.irq.desc(irq).chip_data, IrqInfo):
+            return
+        self.irq.free_irq(irq, dev_id)
+        self._unbind_from_irq(irq)
+
+    def _unbind_from_irq(self, irq: int) -> None:
+        info = self.info(irq)
+        if info.evtchn:
+            try:
+                evtchn.close(self.domain, info.evtchn)
+            except XenError as error:
+                raise AssertionError(f"port {info.evtchn} of IRQ {irq} is not ours to close") from error
+            if info.type == IrqType.VIRQ:
+                # A global VIRQ may have moved, but it is on record where it was bound.
+                for virqs in self._virq_to_irq:
+                    if virqs[info.index] == irq:
+                        virqs[info.index] = -1
+            elif info.type == IrqType.IPI:
+                self._ipi_to_irq[info.cpu][info.index] = -1
+            elif info.dev is not None:
+                info.dev.event_channels -= 1
+            del self._evtchn_to_irq[info.evtchn]
+            self.ops.remove(info.evtchn, info.cpu)
+            info.evtchn = 0
+            self._channels_on_cpu_dec(info)
+        if info.delayed:
+            self._lateeoi[info.eoi_cpu].infos.remove(info)
+            info.delayed = False
+        self.irq.free_desc(irq)
+
+    # Sending.
+
+    def notify_remote_via_evtchn(self, port: int) -> None:
+        """EVTCHNOP_send, whose errors the kernel ignores."""
+        with contextlib.suppress(XenError):
+            evtchn.send(self.domain, port)
+
+    def notify_remote_via_irq(self, irq: int) -> None:
+        """Notify the other end of an IRQ's channel; nothing happens on one that is broken."""
+        port = self.evtchn_from_irq(irq)
+        if port:
+            self.notify_remote_via_evtchn(port)
+
+    def send_ipi(self, cpu: int, ipi: Ipi) -> None:
+        self.notify_remote_via_irq(self._ipi_to_irq[cpu][ipi])
+
+    # Receiving.
+
+    def upcall(self, cpu: int) -> None:
+        """xen_evtchn_do_upcall: scan until Xen has nothing new for this CPU."""
+        mem = self.domain.machine.mem
+        pending = self.domain.vcpus[cpu].info + VCPU_INFO_UPCALL_PENDING
+        handle = partial(self._handle_irq_for_port, ctrl=_LoopCtrl())
+        while True:
+            mem[pending] = 0
+            self.ops.handle_events(cpu, handle)
+            if not mem[pending]:
+                break
+        # Only now: an EOI is deferred only if it comes from inside the loop above.
+        self._irq_epoch[cpu] += 1
+
+    def _handle_irq_for_port(self, port: int, ctrl: _LoopCtrl) -> None:
+        info = self._evtchn_to_irq.get(port)
+        if info is None:
+            return
+        # The clock is looked at every 256 events. Past the timeout, all EOIs are deferred, so the loop ends
+        # soon.
+        if not ctrl.defer_eoi:
+            ctrl.count += 1
+            if ctrl.count % 256 == 0:
+                now = self.kernel.now()
+                if not ctrl.timeout:
+                    ctrl.timeout = now + self.kernel.jiffies_to_ns(EVENT_LOOP_TIMEOUT)
+                elif now > ctrl.timeout:
+                    ctrl.defer_eoi = True
+        if info.is_active:
+            return
+        info.is_active = True
+        if info.dev is not None:
+            info.dev.events += 1
+        if ctrl.defer_eoi:
+            info.eoi_cpu = self.kernel.cpu
+            info.irq_epoch = self._irq_epoch[info.eoi_cpu]
+            info.eoi_time = self.kernel.jiffies() + EVENT_EOI_DELAY
+        self.irq.generic_handle_irq(info.irq)
+
+    # Chips.
+
+    def _do_mask(self, info: IrqInfo, reason: int) -> None:
+        if not info.mask_reason:
+            self.ops.mask(info.evtchn)
+        info.mask_reason |= reason
+
+    def _do_unmask(self, info: IrqInfo, reason: int) -> None:
+        info.mask_reason &= ~reason
+        if not info.mask_reason:
+            self.ops.unmask(info.evtchn)
+
+    @staticmethod
+    def _info_of(desc: IrqDesc) -> IrqInfo | None:
+        """None where the IRQ has no port (any more): then the chips do nothing."""
+        info = desc.chip_data
+        return info if isinstance(info, IrqInfo) and info.evtchn else None
+
+    def _event_handler_exit(self, info: IrqInfo) -> None:
+        info.is_active = False
+        self.ops.clear_pending(info.evtchn)
+
+    def _enable_dynirq(self, desc: IrqDesc) -> None:
+        if info := self._info_of(desc):
+            self._do_unmask(info, MASK_EXPLICIT)
+
+    def _disable_dynirq(self, desc: IrqDesc) -> None:
+        if info := self._info_of(desc):
+            self._do_mask(info, MASK_EXPLICIT)
+
+    def _ack_dynirq(self, desc: IrqDesc) -> None:
+        if info := self._info_of(desc):
+            self._event_handler_exit(info)
+
+    def _mask_ack_dynirq(self, desc: IrqDesc) -> None:
+        if info := self._info_of(desc):
+            self._do_mask(info, MASK_EXPLICIT)
+            self._event_handler_exit(info)
+
+    def _lateeoi_ack_dynirq(self, desc: IrqDesc) -> None:
+        """Masked until the late EOI.
+
+        Still active till then: moved to another CPU, it must not be handled there.
+        """
+        if info := self._info_of(desc):
+            self._do_mask(info, MASK_EOI_PENDING)
+            self.ops.clear_pending(info.evtchn)
+
+    def _retrigger_dynirq(self, desc: IrqDesc) -> bool:
+        info = self._info_of(desc)
+        if info is None:
+            return False
+        self._do_mask(info, MASK_TEMPORARY)
+        self.ops.set_pending(info.evtchn)
+        self._do_unmask(info, MASK_TEMPORARY)
+        return True
+
+    def _set_affinity_irq(self, desc: IrqDesc, mask: int) -> bool:
+        """Move the port to the CPU of the mask that has the fewest channels, the first of equals."""
+        info = self._info_of(desc)
+        if info is None:
+            return False
+        online = self.irq.online
+        cpus = [cpu for cpu in range(self.irq.nr_cpus) if (mask & online or online) >> cpu & 1]
+        target = min(cpus, key=self._channels_on_cpu.__getitem__)
+        # Masked meanwhile, so that no event is delivered to the old CPU after the move.
+        self._do_mask(info, MASK_TEMPORARY)
+        try:
+            evtchn.bind_vcpu(self.domain, info.evtchn, target)
+        except XenError:
+            pass  # a channel that can't move
+        else:
+            self._bind_evtchn_to_cpu(info, target, False)
+        self._do_unmask(info, MASK_TEMPORARY)
+        desc.effective_affinity = 1 << target
+        return True
+
+    # Late EOI.
+
+    def xen_irq_lateeoi(self, irq: int, eoi_flags: int = 0) -> None:
+        """The handler is done with the event: let the next one come, or, after spurious ones, come later.
+
+        XEN_EOI_FLAG_SPURIOUS: there was nothing to do. After more such events in a row than the device's
+        threshold the EOI is delayed, by a jiffy for the first beyond it, then twice as long for each. As a
+        delayed EOI ends the row, longer delays are rare; Linux has it so.
+        """
+        desc = self.irq.descs.get(irq)
+        if desc is not None and isinstance(desc.chip_data, IrqInfo):
+            self._do_lateeoi(desc.chip_data, bool(eoi_flags & XEN_EOI_FLAG_SPURIOUS))
+
+    def _do_lateeoi(self, info: IrqInfo, spurious: bool) -> None:
+        if not info.evtchn or info.delayed:
+            return
+        delay = 0
+        if spurious:
+            dev = info.dev
+            threshold = dev.spurious_threshold if dev is not None and dev.spurious_threshold else 1
+            if 1 << info.spurious_cnt < self.irq.hz << 2:
+                info.spurious_cnt += 1
+            if info.spurious_cnt > threshold:
+                delay = min(1 << info.spurious_cnt - 1 - threshold, self.irq.hz)
+                if not info.eoi_time:
+                    info.eoi_cpu = self.kernel.cpu
+                info.eoi_time = self.kernel.jiffies() + delay
+                if dev is not None:
+                    dev.jiffies_eoi_delayed += delay
+            if dev is not None:
+                dev.spurious_events += 1
+        else:
+            info.spurious_cnt = 0
+        if info.eoi_time and (info.irq_epoch == self._irq_epoch[info.eoi_cpu] or delay):
+            self._lateeoi_list_add(info)
+            return
+        info.eoi_time = 0
+        info.is_active = False
+        self._do_unmask(info, MASK_EOI_PENDING)
+
+    def _lateeoi_list_add(self, info: IrqInfo) -> None:
+        work = self._lateeoi[info.eoi_cpu]
+        at = len(work.infos)
+        while at and work.infos[at - 1].eoi_time > info.eoi_time:
+            at -= 1
+        work.infos.insert(at, info)
+        info.delayed = True
+        if at == 0:
+            self._lateeoi_schedule(info.eoi_cpu, max(info.eoi_time - self.kernel.jiffies(), 1))
+
+    def _lateeoi_schedule(self, cpu: int, delay: int) -> None:
+        work = self._lateeoi[cpu]
+        if work.timer is not None:
+            work.timer.cancel()
+        # The timer's interrupt wakes the worker, which runs in process context.
+        callback = partial(self.kernel.queue_work, partial(self._lateeoi_worker, cpu))
+        work.timer = self.kernel.set_timer_jiffies(delay, callback, cpu)
+
+    def _lateeoi_worker(self, cpu: int) -> None:
+        work = self._lateeoi[cpu]
+        now = self.kernel.jiffies()
+        while work.infos:
+            info = work.infos[0]
+            if now < info.eoi_time:
+                self._lateeoi_schedule(cpu, info.eoi_time - now)
+                return
+            del work.infos[0]
+            info.delayed = False
+            info.eoi_time = 0
+            self._do_lateeoi(info, False)

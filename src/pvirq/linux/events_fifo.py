@@ -1,0 +1,146 @@
+"""The guest's side of the FIFO ABI: control blocks, event words, queues (drivers/xen/events/events_fifo)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.event_channel import (
+    EVTCHN_FIFO_BUSY,
+    EVTCHN_FIFO_LINK_MASK,
+    EVTCHN_FIFO_LINKED,
+    EVTCHN_FIFO_MASKED,
+    EVTCHN_FIFO_MAX_QUEUES,
+    EVTCHN_FIFO_NR_CHANNELS,
+    EVTCHN_FIFO_PENDING,
+    FIFO_CONTROL_HEAD,
+    FIFO_CONTROL_READY,
+)
+from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
+from pvirq.xen import evtchn
+from pvirq.xen.domain import Domain
+
+WORDS_PER_PAGE: Final = PAGE_SIZE // 4
+PENDING: Final = 1 << EVTCHN_FIFO_PENDING
+MASKED: Final = 1 << EVTCHN_FIFO_MASKED
+LINKED: Final = 1 << EVTCHN_FIFO_LINKED
+BUSY: Final = 1 << EVTCHN_FIFO_BUSY
+
+
+class EventsFifo:
+    """evtchn_ops_fifo: one control block per CPU, one event word per port, in frames of the domain."""
+
+    max_channels: Final = EVTCHN_FIFO_NR_CHANNELS
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._u32 = domain.machine.u32
+        self._control: dict[int, int] = {}  # cpu -> index in u32 of its control block
+        self._heads = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
+        self._pages: list[int] = []  # index in u32 of each event array page
+
+    @property
+    def nr_channels(self) -> int:
+        return len(self._pages) * WORDS_PER_PAGE
+
+    def percpu_init(self, cpu: int) -> None:
+        """Give Xen a control block for a CPU; it is kept while the CPU is offline.
+
+        XenError as EVTCHNOP_init_control.
+        """
+        if cpu in self._control:
+            return
+        domain = self._domain
+        mfn = domain.machine.alloc(1, domain.domid)
+        try:
+            evtchn.init_control(domain, mfn, 0, cpu)
+        except XenError:
+            domain.machine.free(mfn)
+            raise
+        self._control[cpu] = (mfn << PAGE_SHIFT) // 4
+
+    def percpu_deinit(self, cpu: int) -> None:
+        """Empty the queues of a CPU that has gone, so that its ports can be linked elsewhere."""
+        self._consume(cpu, None)
+
+    def setup(self, port: int) -> None:
+        """Grow the event array until it has a word for `port`; XenError as EVTCHNOP_expand_array."""
+        if port >= EVTCHN_FIFO_NR_CHANNELS:
+            raise XenError(Errno.EINVAL, f"port {port} is beyond the event array")
+        domain = self._domain
+        while len(self._pages) <= port // WORDS_PER_PAGE:
+            mfn = domain.machine.alloc(1, domain.domid)
+            base = (mfn << PAGE_SHIFT) // 4
+            for i in range(base, base + WORDS_PER_PAGE):  # masked before Xen knows of them
+                self._u32[i] = MASKED
+            try:
+                evtchn.expand_array(domain, mfn)
+            except XenError:
+                domain.machine.free(mfn)
+                raise
+            self._pages.append(base)
+
+    def remove(self, port: int, cpu: int) -> None:
+        """Nothing to do."""
+
+    def bind_to_cpu(self, port: int, cpu: int, old_cpu: int) -> None:
+        """Nothing to do: Xen links the port at the CPU that it notifies."""
+
+    def _word(self, port: int) -> int:
+        return self._pages[port // WORDS_PER_PAGE] + port % WORDS_PER_PAGE
+
+    def clear_pending(self, port: int) -> None:
+        self._u32[self._word(port)] &= ~PENDING
+
+    def set_pending(self, port: int) -> None:
+        self._u32[self._word(port)] |= PENDING
+
+    def is_pending(self, port: int) -> bool:
+        return bool(self._u32[self._word(port)] & PENDING)
+
+    def mask(self, port: int) -> None:
+        self._u32[self._word(port)] |= MASKED
+
+    def is_masked(self, port: int) -> bool:
+        return bool(self._u32[self._word(port)] & MASKED)
+
+    def unmask(self, port: int) -> None:
+        """Clear MASKED in place, or by hypercall where the port is pending, for then Xen must link it."""
+        word = self._word(port)
+        value = self._u32[word]
+        if not value & MASKED:
+            return
+        if value & PENDING:
+            with contextlib.suppress(XenError):  # the kernel ignores what this hypercall returns
+                evtchn.unmask(self._domain, port)
+            return
+        self._u32[word] = value & ~(MASKED | BUSY)
+
+    def handle_events(self, cpu: int, handle: Callable[[int], None]) -> None:
+        """Consume this CPU's queues, the highest priority first, until none is ready."""
+        self._consume(cpu, handle)
+
+    def _consume(self, cpu: int, handle: Callable[[int], None] | None) -> None:
+        control = self._control.get(cpu)
+        if control is None:
+            return
+        u32, heads = self._u32, self._heads[cpu]
+        ready_at = control + FIFO_CONTROL_READY // 4
+        ready, u32[ready_at] = u32[ready_at], 0
+        while ready:
+            queue = (ready & -ready).bit_length() - 1
+            # A local head of 0: the tail was reached last time, Xen has put a new one in the control block.
+            port = heads[queue] or u32[control + FIFO_CONTROL_HEAD // 4 + queue]
+            word = self._word(port)
+            value = u32[word]
+            u32[word] = value & ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+            link = value & EVTCHN_FIFO_LINK_MASK
+            if link == 0:
+                ready &= ~(1 << queue)
+            if handle is not None and value & PENDING and not value & MASKED:
+                handle(port)
+            heads[queue] = link
+            more, u32[ready_at] = u32[ready_at], 0
+            ready |= more

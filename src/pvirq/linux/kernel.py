@@ -1,0 +1,332 @@
+"""The kernel of a modelled domain: CPUs, timers, process context, and its turn in the host's run loop.
+
+What a particular kernel does with interrupts (which channels it binds at boot, its chips, its upcall) is its
+personality; `Kernel` is what all of them stand on. A modelled vCPU uses the same shared memory and operations
+as a real one: it runs when Xen has made an event pending, and blocks when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from pvirq.abi.errno import Errno
+from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
+from pvirq.linux.irq import IrqError, IrqLayer
+from pvirq.xen import evtchn, sched
+from pvirq.xen.domain import Domain, Vcpu
+from pvirq.xen.timer import NS_PER_S, Timer
+
+if TYPE_CHECKING:
+    from pvirq.linux.evtchn_dev import EvtchnUser
+    from pvirq.linux.proc import IrqStat
+
+LOG_LINES: Final = 4096
+
+
+class Ipi(IntEnum):
+    """What one CPU asks of another (enum ipi_vector)."""
+
+    RESCHEDULE = 0
+    CALL_FUNCTION = 1
+    CALL_FUNCTION_SINGLE = 2
+    SPIN_UNLOCK = 3
+    IRQ_WORK = 4
+
+
+class Personality(ABC):
+    """One version of a kernel, as far as interrupts go."""
+
+    hz: int
+    irq: IrqLayer
+
+    @abstractmethod
+    def boot(self) -> None:
+        """Bring up CPU 0, then the others, then the drivers, in the real kernel's order."""
+
+    @abstractmethod
+    def cpu_up(self, cpu: int) -> None:
+        """Bring a CPU online."""
+
+    @abstractmethod
+    def cpu_down(self, cpu: int) -> None:
+        """Take a CPU offline."""
+
+    @abstractmethod
+    def upcall(self, cpu: int) -> None:
+        """Handle every pending port of this CPU; upcalls are masked."""
+
+    @abstractmethod
+    def send_ipi(self, cpu: int, ipi: Ipi) -> None:
+        """Interrupt another CPU (or this one)."""
+
+    @abstractmethod
+    def evtchn_user(self, name: str) -> EvtchnUser:
+        """Open /dev/xen/evtchn for a process `name`."""
+
+    @abstractmethod
+    def interrupts(self) -> str:
+        """The text of /proc/interrupts."""
+
+    @property
+    @abstractmethod
+    def irq_stat(self) -> list[IrqStat]:
+        """The architecture's own counts, per CPU."""
+
+
+class KernelTimer:
+    """A timer of the kernel; `cancel()` is idempotent and safe after it fired."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: int, callback: Callable[[], None]) -> None:
+        self.when = when
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class _Cpu:
+    """What the kernel keeps per CPU."""
+
+    def __init__(self) -> None:
+        self.work: deque[Callable[[], None]] = deque()
+        self.calls: deque[Callable[[], None]] = deque()
+        self.irq_work: deque[Callable[[], None]] = deque()
+        self.timers: list[tuple[int, int, KernelTimer]] = []
+
+
+P = TypeVar("P", bound=Personality)
+
+
+class Kernel(Generic[P]):
+    """A modelled domain's kernel. `events` is its personality, which drivers bind their channels with.
+
+    `cpu` is the CPU that executes now; 0 while code from outside (a toolstack, a test) calls in.
+    """
+
+    def __init__(self, domain: Domain, personality: Callable[[Kernel[P]], P]) -> None:
+        """`personality` makes the kernel's personality, for example `pvirq.linux.pvops.Pvops`.
+
+        Boot it with `boot`.
+        """
+        self.domain = domain
+        self.clock = domain.hypervisor.clock
+        self.cpu = 0
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self._running = False
+        self._sequence = 0
+        self._cpus = [_Cpu() for _ in domain.vcpus]
+        self.events: P = personality(self)
+        self.irq: IrqLayer = self.events.irq
+
+    # Time.
+
+    def now(self) -> int:
+        """ns of virtual time."""
+        return self.clock.now()
+
+    def jiffies(self) -> int:
+        return self.clock.now() * self.events.hz // NS_PER_S
+
+    def jiffies_to_ns(self, jiffies: int) -> int:
+        """The moment, in ns, at which the tick count reaches `jiffies`."""
+        return -(-jiffies * NS_PER_S // self.events.hz)
+
+    def printk(self, message: str) -> None:
+        self.log.append(message)
+
+    # Coming up, going down.
+
+    def boot(self) -> None:
+        """Boot; afterwards every vCPU is up and blocks until an event comes."""
+        self.events.boot()
+        for cpu, vcpu in enumerate(self.domain.vcpus):
+            if self.online(cpu):
+                self._idle(vcpu)
+
+    def online(self, cpu: int) -> bool:
+        return bool(self.irq.online >> cpu & 1)
+
+    def cpu_up(self, cpu: int) -> None:
+        """echo 1 > /sys/devices/system/cpu/cpuN/online. IrqError(EINVAL) where it can't be."""
+        if not 0 < cpu < len(self._cpus) or self.online(cpu):
+            raise IrqError(Errno.EINVAL, f"CPU {cpu} can't come online")
+        self.events.cpu_up(cpu)
+        self._idle(self.domain.vcpus[cpu])
+
+    def cpu_down(self, cpu: int) -> None:
+        """echo 0 > .../online: its work, timers and dynamic IRQs move to other CPUs.
+
+        CPU 0 stays: IrqError(EBUSY).
+        """
+        if not 0 <= cpu < len(self._cpus) or not self.online(cpu):
+            raise IrqError(Errno.EINVAL, f"CPU {cpu} is not online")
+        if cpu == 0:
+            raise IrqError(Errno.EBUSY, "CPU 0 stays")
+        vcpu, state = self.domain.vcpus[cpu], self._cpus[cpu]
+        if not self._running:
+            self.run(vcpu)
+        self.events.cpu_down(cpu)
+        vcpu.up = False
+        if vcpu.singleshot_timer is not None:
+            vcpu.singleshot_timer.cancel()
+            vcpu.singleshot_timer = None
+        timers, state.timers = state.timers, []
+        for _, _, timer in timers:
+            if timer.callback is not None:
+                self._add_timer(0, timer)
+        while state.work:
+            self.queue_work(state.work.popleft(), 0)
+
+    # The host's run loop.
+
+    def run(self, vcpu: Vcpu) -> None:
+        """This vCPU's turn: upcalls, then process context, until nothing is left; then it blocks."""
+        cpu = vcpu.vcpu_id
+        work = self._cpus[cpu].work
+        mask = vcpu.info + VCPU_INFO_UPCALL_MASK
+        mem = self.domain.machine.mem
+        before = self.cpu, self._running
+        self.cpu, self._running = cpu, True
+        try:
+            mem[mask] = 0
+            while True:
+                if vcpu.event_pending():
+                    mem[mask] = 1  # as Xen does when it makes the upcall's frame
+                    try:
+                        self.events.upcall(cpu)
+                    finally:
+                        mem[mask] = 0
+                elif work:
+                    work.popleft()()
+                else:
+                    break
+        finally:
+            self.cpu, self._running = before
+        self._idle(vcpu)
+
+    def _idle(self, vcpu: Vcpu) -> None:
+        sched.block(vcpu)
+
+    # Work for this and other CPUs.
+
+    def queue_work(self, work: Callable[[], None], cpu: int | None = None) -> None:
+        """Run `work` in process context: on this CPU, or on another, which a reschedule IPI wakes."""
+        if cpu is None or not 0 <= cpu < len(self._cpus) or not self.online(cpu):
+            cpu = self.cpu
+        self._cpus[cpu].work.append(work)
+        if not self._running or cpu != self.cpu:
+            self.reschedule(cpu)
+
+    def reschedule(self, cpu: int) -> None:
+        """Make a CPU look at its work (smp_send_reschedule)."""
+        self.events.send_ipi(cpu, Ipi.RESCHEDULE)
+
+    def smp_call_function_single(self, cpu: int, function: Callable[[], None]) -> None:
+        """Run `function` in an interrupt of that CPU, or here at once if it is this one.
+
+        IrqError(ENXIO): offline.
+        """
+        if not 0 <= cpu < len(self._cpus) or not self.online(cpu):
+            raise IrqError(Errno.ENXIO, f"CPU {cpu} is not online")
+        if cpu == self.cpu and self._running:
+            function()
+            return
+        calls = self._cpus[cpu].calls
+        calls.append(function)
+        if len(calls) == 1:  # an IPI for the earlier ones is on its way already
+            self.events.send_ipi(cpu, Ipi.CALL_FUNCTION_SINGLE)
+
+    def smp_call_function(self, function: Callable[[], None]) -> None:
+        """Run `function` on every other online CPU, in an interrupt of each (smp_call_function_many)."""
+        others = [cpu for cpu in range(len(self._cpus)) if cpu != self.cpu and self.online(cpu)]
+        fresh = []
+        for cpu in others:
+            calls = self._cpus[cpu].calls
+            calls.append(function)
+            if len(calls) == 1:
+                fresh.append(cpu)
+        ipi = Ipi.CALL_FUNCTION if len(fresh) > 1 else Ipi.CALL_FUNCTION_SINGLE
+        for cpu in fresh:
+            self.events.send_ipi(cpu, ipi)
+
+    def run_calls(self) -> None:
+        """The function-call interrupts end here: run what other CPUs queued for this one."""
+        calls = self._cpus[self.cpu].calls
+        while calls:
+            calls.popleft()()
+
+    def irq_work_queue(self, function: Callable[[], None]) -> None:
+        """Run `function` in an interrupt of its own on this CPU (irq_work_queue)."""
+        queue = self._cpus[self.cpu].irq_work
+        queue.append(function)
+        if len(queue) == 1:
+            self.events.send_ipi(self.cpu, Ipi.IRQ_WORK)
+
+    def run_irq_work(self) -> None:
+        queue = self._cpus[self.cpu].irq_work
+        while queue:
+            queue.popleft()()
+
+    # Timers: one VIRQ_TIMER for the earliest, no tick.
+
+    def set_timer(self, when: int, callback: Callable[[], None], cpu: int | None = None) -> KernelTimer:
+        """Call `callback` in the timer interrupt of `cpu` (this one if None) at `when` ns of virtual time."""
+        timer = KernelTimer(when, callback)
+        self._add_timer(self.cpu if cpu is None or not self.online(cpu) else cpu, timer)
+        return timer
+
+    def set_timer_jiffies(self, delay: int, callback: Callable[[], None], cpu: int | None = None) -> KernelTimer:
+        """The same, `delay` ticks from now."""
+        return self.set_timer(self.jiffies_to_ns(self.jiffies() + delay), callback, cpu)
+
+    def _add_timer(self, cpu: int, timer: KernelTimer) -> None:
+        self._sequence += 1
+        heapq.heappush(self._cpus[cpu].timers, (timer.when, self._sequence, timer))
+        self._arm(cpu)
+
+    def _arm(self, cpu: int) -> None:
+        """Set the vCPU's singleshot timer to the earliest of the kernel's (VCPUOP_set_singleshot_timer)."""
+        timers = self._cpus[cpu].timers
+        while timers and timers[0][2].callback is None:
+            heapq.heappop(timers)
+        vcpu = self.domain.vcpus[cpu]
+        armed: Timer | None = vcpu.singleshot_timer
+        if armed is not None:
+            if timers and armed.when == timers[0][0]:
+                return
+            armed.cancel()
+            vcpu.singleshot_timer = None
+        if timers:
+            vcpu.singleshot_timer = self.clock.at(timers[0][0], lambda: self._timer_due(vcpu))
+
+    def _timer_due(self, vcpu: Vcpu) -> None:
+        vcpu.singleshot_timer = None
+        evtchn.send_guest_vcpu_virq(vcpu, VIRQ_TIMER)
+
+    def run_timers(self) -> None:
+        """The timer interrupt ends here: run what is due on this CPU and arm the next."""
+        timers = self._cpus[self.cpu].timers
+        now = self.now()
+        while timers and timers[0][0] <= now:
+            timer = heapq.heappop(timers)[2]
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback()
+        self._arm(self.cpu)
+
+    # What userland sees.
+
+    def evtchn_user(self, name: str) -> EvtchnUser:
+        """Open /dev/xen/evtchn for a daemon; its IRQs appear as evtchn:`name`."""
+        return self.events.evtchn_user(name)
+
+    def proc_interrupts(self) -> str:
+        """The text of /proc/interrupts."""
+        return self.events.interrupts()

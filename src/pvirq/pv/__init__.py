@@ -1,0 +1,1 @@
+"""Runs real PV kernels: images, page tables, traps, hypercalls."""

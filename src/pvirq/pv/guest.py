@@ -1,0 +1,245 @@
+"""A real PV guest: a domain, the engine that runs its code, and what Xen keeps for it beyond `pvirq.xen`."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from pvirq.abi import vcpu as vcpu_abi
+from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START
+from pvirq.abi.errno import XenError
+from pvirq.abi.memory import E820_RAM
+from pvirq.abi.sched import SHUTDOWN_crash
+from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE, HYPERVISOR_iret, NR_hypercalls
+from pvirq.engine import open_engine
+from pvirq.engine.protocol import RIP
+from pvirq.pv import descriptors
+from pvirq.pv.hypercalls import HYPERCALLS
+from pvirq.pv.pagetable import ACCESSED, ADDRESS, DIRTY, GUEST_KERNEL, NX, PSE, USER, XEN_SLOTS, PageTables
+from pvirq.pv.vcpu import GuestCrash, PvVcpu
+from pvirq.xen.domain import Domain, Vcpu
+from pvirq.xen.grant import GrantTable
+from pvirq.xen.memory import PGT_L4, PGT_WRITABLE
+
+M2P_LARGE_PAGE: Final = 0x1 | USER | ACCESSED | DIRTY | PSE  # read-only for the guest
+M2P_TABLE: Final = 0x1 | USER | ACCESSED
+PERDOMAIN_SLOT: Final = 260
+M2P_SLOT: Final = (HYPERVISOR_VIRT_START >> 39) & 511
+
+
+class PvGuest:
+    """One domain's machine. Several vCPUs share the engine by turns; `current` is the one whose registers it holds."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        memory_bytes: int,
+        engine: str,
+        *,
+        wallclock_ns: int = 0,
+        max_memory_bytes: int = 0,
+    ) -> None:
+        """Give `domain` its RAM and an engine. EngineError or XenError(ENOMEM) where that can't be had."""
+        self.domain = domain
+        machine = domain.machine
+        self.frames = memory_bytes >> PAGE_SHIFT
+        self.max_frames = max(self.frames, max_memory_bytes >> PAGE_SHIFT)
+        self.memory_map = [(0, self.max_frames << PAGE_SHIFT, E820_RAM)]
+        self.wallclock_ns = wallclock_ns
+        self.uuid = bytes(16)
+        self.assists = 0
+        self.console_port = 0
+        self.store_port = 0
+        self.crash: str | None = None
+        self.on_upcall: Callable[[PvVcpu], None] | None = None
+        self.on_console_io: Callable[[bytes], None] = lambda data: None
+        self.initial_tables: dict[int, int] = {}  # mfn of a builder's level-1 table -> mfn that its entry 0 maps
+        self.hypercalls = HYPERCALLS
+        self.first_mfn = machine.alloc(self.frames, domain.domid)
+        self.window = descriptors.DescriptorWindow(machine, len(domain.vcpus))
+        self._xen_frames = [self.window.frames]
+        self.tables = PageTables(domain, self._xen_slots(), self._flush_tlb)
+        self.engine = open_engine(engine, machine.mem, _NOBODY)
+        domain.grant_table = GrantTable(domain)
+        self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]
+        self.current = self.cpus[0]
+        self.engine.handler = self.current
+        self._blank_state: bytes | None = None
+
+    def _xen_slots(self) -> list[int]:
+        """The level-4 entries of Xen's own part of every address space: machine-to-phys table, descriptor tables."""
+        machine = self.domain.machine
+        table_bytes = machine.frames * 8
+        level3 = machine.alloc(1)
+        level2s = -(-table_bytes // (1 << 30))
+        first = machine.alloc(level2s)
+        self._xen_frames += [(level3, 1), (first, level2s)]
+        for i in range(level2s):
+            machine.u64[(level3 << 9) + i] = (first + i) << PAGE_SHIFT | M2P_TABLE
+        for i in range(-(-table_bytes // (2 << 20))):
+            machine.u64[(first << 9) + i] = (machine.m2p_mfn + i * 512) << PAGE_SHIFT | M2P_LARGE_PAGE
+        slots = [0] * len(XEN_SLOTS)
+        slots[M2P_SLOT - XEN_SLOTS.start] = level3 << PAGE_SHIFT | M2P_TABLE
+        slots[PERDOMAIN_SLOT - XEN_SLOTS.start] = self.window.l4_entry
+        return slots
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def mfn(self, pfn: int) -> int:
+        """The frame behind a page of the initial layout (before the guest moves any)."""
+        return self.first_mfn + pfn
+
+    def address(self, pfn: int) -> int:
+        """The machine address of a page of the initial layout, in bytes."""
+        return self.mfn(pfn) << PAGE_SHIFT
+
+    def is_xen_page(self, mfn: int) -> bool:
+        """A frame that Xen shares with the guest, and that the guest can't give away."""
+        table = self.domain.grant_table
+        return mfn == self.domain.shared_info_mfn or (table is not None and mfn in table.frames)
+
+    def marked_nx(self, entry: int, index: int) -> bool:
+        """The entry at `index` is still the one that the builder wrote, with its NX bit."""
+        first = self.initial_tables.get(index >> 9)
+        if first is None:
+            return False
+        mfn = first + (index & 511)
+        return entry & ADDRESS == mfn << PAGE_SHIFT and bool(entry & NX) and bool(entry & GUEST_KERNEL)
+
+    def fill_hypercall_page(self, mfn: int) -> None:
+        """The stubs that a guest calls at page + 32 * number (hypercall_page_initialise_ring3_kernel)."""
+        page = bytearray(PAGE_SIZE)
+        for number in range(NR_hypercalls):
+            stub = b"\x51\x41\x53\xb8" + struct.pack("<I", number) + b"\x0f\x05\x41\x5b\x59\xc3"
+            if number == HYPERVISOR_iret:
+                stub = b"\x51\x41\x53\x50\xb8" + struct.pack("<I", number) + b"\x0f\x05"
+            page[number * 32 : number * 32 + len(stub)] = stub
+        self.domain.machine.page(mfn)[:] = page
+        self.engine.invalidate_code(mfn << PAGE_SHIFT, PAGE_SIZE)
+
+    def write_hypercall_page(self, value: int) -> bool:
+        """WRMSR to Xen's leaf: put the stubs at that frame of the guest's. False: #GP (wrmsr_hypervisor_regs)."""
+        mfn = value >> PAGE_SHIFT
+        if value & (PAGE_SIZE - 1):
+            return False
+        try:
+            self.tables.get_type(mfn, PGT_WRITABLE)
+        except XenError:
+            return False
+        self.fill_hypercall_page(mfn)
+        self.tables.put_type(mfn)
+        return True
+
+    # -- address spaces ------------------------------------------------------------------------------------------------
+
+    def _flush_tlb(self) -> None:
+        self.current.flush_tlb()
+
+    def new_kernel_root(self, cpu: PvVcpu, mfn: int) -> None:
+        """MMUEXT_NEW_BASEPTR and MOV to CR3 (new_guest_cr3). XenError(EINVAL) for what can't be a root."""
+        old = cpu.kernel_root
+        if old != mfn:
+            self.tables.get_type(mfn, PGT_L4)
+            cpu.kernel_root = mfn
+        descriptors.drop_ldt(cpu)
+        cpu.load_root()
+        if old != mfn:
+            self.tables.put_type(old)
+
+    def new_user_root(self, cpu: PvVcpu, mfn: int) -> None:
+        """MMUEXT_NEW_USER_BASEPTR; 0 for none."""
+        old = cpu.user_root
+        if old == mfn:
+            return
+        if mfn:
+            self.tables.get_type(mfn, PGT_L4)
+        cpu.user_root = mfn
+        if old:
+            self.tables.put_type(old)
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def time_info(self) -> bytes:
+        """struct vcpu_time_info. It never changes: the guest's TSC is the clock (see pvirq.xen.timer)."""
+        clock = self.domain.hypervisor.clock
+        return struct.pack(vcpu_abi.TIME_INFO, 2, 0, 0, 0, clock.mul, clock.shift, vcpu_abi.XEN_PVCLOCK_TSC_STABLE_BIT)
+
+    def runstate(self, cpu: PvVcpu) -> bytes:
+        """struct vcpu_runstate_info, up to now."""
+        now = self.domain.hypervisor.clock.now()
+        times = list(cpu.runstate_times)
+        times[cpu.runstate] += now - cpu.runstate_since
+        return struct.pack(vcpu_abi.RUNSTATE_INFO, cpu.runstate, cpu.runstate_since, *times)
+
+    def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
+        now = self.domain.hypervisor.clock.now()
+        cpu.runstate_times[cpu.runstate] += now - cpu.runstate_since
+        cpu.runstate, cpu.runstate_since = state, now
+        if cpu.runstate_area:
+            cpu.update_runstate_area(self.runstate(cpu))
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _load(self, cpu: PvVcpu) -> None:
+        if cpu is self.current:
+            return
+        if self._blank_state is None:
+            self._blank_state = self.engine.save()
+        self.current.saved_engine_state = self.engine.save()
+        self.engine.restore(cpu.saved_engine_state or self._blank_state)
+        self.tables.stale.clear()
+        self.current = cpu
+        self.engine.handler = cpu
+
+    @contextmanager
+    def loaded(self, cpu: PvVcpu) -> Iterator[None]:
+        """With `cpu`'s registers in the engine; afterwards those that were there."""
+        before = self.current
+        self._load(cpu)
+        try:
+            yield
+        finally:
+            self._load(before)
+
+    def run(self, vcpu: Vcpu, until_ticks: int | None) -> None:
+        """Run a vCPU until something else is to be done, `until_ticks` of the engine's counter at the latest.
+
+        A guest that can't go on is shut down with SHUTDOWN_crash, and `crash` says why.
+        """
+        cpu = self.cpus[vcpu.vcpu_id]
+        self._load(cpu)
+        engine = self.engine
+        engine.stop_at = until_ticks
+        self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
+        try:
+            engine.regs[RIP] = cpu.deliver_events(engine.regs[RIP])
+            engine.run()
+        except GuestCrash as crash:
+            self.crash = str(crash)
+            self.domain.shutdown(SHUTDOWN_crash)
+        asleep = vcpu.blocked or vcpu.polling
+        self._change_runstate(cpu, vcpu_abi.RUNSTATE_blocked if asleep else vcpu_abi.RUNSTATE_runnable)
+
+    def close(self) -> None:
+        """Free the engine and Xen's frames; the domain itself is the hypervisor's to destroy."""
+        self.engine.close()
+        for mfn, count in self._xen_frames:
+            self.domain.machine.free(mfn, count)
+
+
+class _Nobody:
+    """Stands in until the vCPUs exist."""
+
+    def syscall(self, rip: int) -> int:
+        raise AssertionError
+
+    def exception(self, vector: int, error: int, rip: int, software: bool) -> int:
+        raise AssertionError
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        raise AssertionError
+
+
+_NOBODY: Final = _Nobody()

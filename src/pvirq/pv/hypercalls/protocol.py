@@ -1,0 +1,31 @@
+"""What a hypercall needs of the vCPU that made it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pvirq.xen.domain import Domain, Vcpu
+
+
+class GuestCpu(Protocol):
+    """A vCPU in the middle of a hypercall.
+
+    `read` and `write` go through the guest's own page tables; they raise XenError(EFAULT) where the guest
+    couldn't access that memory itself, and have done nothing then.
+    """
+
+    @property
+    def vcpu(self) -> Vcpu: ...
+
+    @property
+    def domain(self) -> Domain: ...
+
+    def read(self, va: int, nbytes: int) -> bytes: ...
+
+    def write(self, va: int, data: bytes) -> None: ...
+
+
+def int32(value: int) -> int:
+    """A 64-bit register as the C `int` that a hypercall's prototype makes of it."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value

@@ -1,0 +1,461 @@
+"""A virtual CPU of a real PV guest: its registers beyond the engine's, entry to and return from the guest kernel.
+
+Xen runs a 64-bit PV kernel at the same hardware privilege as its applications, with two root page tables, and
+plays the part of the CPU at every crossing between them: it pushes the frames, keeps two GS bases and a virtual
+interrupt flag (vcpu_info.evtchn_upcall_mask). This module is that part of xen/arch/x86/x86_64/entry.S
+(create_bounce_frame, switch_to_kernel, test_all_events), pv/iret.c, pv/traps.c and traps.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final
+
+from pvirq.abi.arch_x86 import (
+    FLAT_KERNEL_CS,
+    FLAT_KERNEL_SS,
+    FLAT_RING3_CS32,
+    FLAT_RING3_CS64,
+    FLAT_RING3_SS64,
+    HYPERVISOR_VIRT_END,
+    HYPERVISOR_VIRT_START,
+    TI_DPL,
+    TI_IF,
+    VGCF_in_syscall,
+    VMASST_TYPE_architectural_iopl,
+)
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.vcpu import RUNSTATE_offline
+from pvirq.abi.xen import HYPERVISOR_iret
+from pvirq.engine.protocol import (
+    FLAG_AC,
+    FLAG_DF,
+    FLAG_IF,
+    FLAG_IOPL,
+    FLAG_NT,
+    FLAG_RF,
+    FLAG_TF,
+    FLAG_VM,
+    R8,
+    R9,
+    R10,
+    R11,
+    RAX,
+    RCX,
+    RDI,
+    RDX,
+    RSI,
+    RSP,
+    TRAP_BP,
+    TRAP_DB,
+    TRAP_GP,
+    TRAP_NM,
+    TRAP_PF,
+    TRAP_UD,
+    CpuidLeaf,
+)
+from pvirq.pv import descriptors, emulate, writable_pagetable
+from pvirq.pv.cpuid import guest_cpuid
+from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW
+from pvirq.xen.domain import Vcpu
+
+if TYPE_CHECKING:
+    from pvirq.pv.guest import PvGuest
+
+M64: Final = (1 << 64) - 1
+
+TRAPS_WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
+TRAP_OF: Final = 4
+LEGACY_SYSCALL_VECTOR: Final = 0x80
+FLAGS_CLEARED_ON_TRAP: Final = FLAG_AC | FLAG_VM | FLAG_RF | FLAG_NT | FLAG_TF
+
+# Page-fault error code.
+PFEC_PRESENT, PFEC_WRITE, PFEC_USER, PFEC_RESERVED, PFEC_FETCH = 1, 2, 4, 8, 16
+
+SYSCALL_LENGTH: Final = 2
+
+NO_TRAP: Final = (0, 0, 0)
+
+
+class GuestCrash(Exception):
+    """The guest did what Xen answers with domain_crash: no way to enter its kernel is left."""
+
+
+class PvVcpu:
+    """One vCPU. While it is loaded (`PvGuest.current`), the engine holds its registers.
+
+    Implements `pvirq.engine.protocol.GuestHandler` and `pvirq.pv.hypercalls.protocol.GuestCpu`.
+    """
+
+    def __init__(self, guest: PvGuest, vcpu: Vcpu) -> None:
+        self.guest = guest
+        self.vcpu = vcpu
+        self.domain = vcpu.domain
+        self.engine = guest.engine
+        self.tables = guest.tables
+        self.regs = guest.engine.regs
+        self._mem = vcpu.domain.machine.mem
+        self._u64 = vcpu.domain.machine.u64
+        self.saved_engine_state: bytes | None = None
+
+        self.user_mode = False
+        self.kernel_root = 0  # mfn of the root page table
+        self.user_root = 0
+        self._walk_root = 0  # index in u64 of the root that translations start from
+        self.inactive_gs_base = 0  # of the mode that isn't running
+        self.kernel_sp = 0
+        self.kernel_ss = 0
+        self.traps: list[tuple[int, int, int]] = [NO_TRAP] * 256  # address, cs, flags
+        self.event_callback = 0
+        self.failsafe_callback = 0
+        self.failsafe_masks_events = False
+        self.syscall_callback = 0
+        self.syscall_masks_events = False
+        self.syscall32_callback = (0, False)
+        self.sysenter_callback = (0, False)
+        self.nmi_callback = 0
+        self.cr0_ts = False
+        self.cr4 = 0
+        self.iopl = 0
+        self.io_bitmap = (0, 0)  # guest address, number of ports
+        self.debug_registers = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
+        self.gdt_frames: list[int] = []
+        self.gdt_entries = 0
+        self.ldt = (0, 0)  # guest address, entries
+        self.runstate_area = 0
+        self.time_area = 0
+        self.initialised = False
+        self.vcpu_info_registered = False
+        self.runstate = RUNSTATE_offline
+        self.runstate_since = 0
+        self.runstate_times = [0, 0, 0, 0]
+        self.hypercalls = guest.hypercalls
+
+    # -- guest memory ------------------------------------------------------------------------------------------------
+
+    def translate(self, va: int, write: bool = False) -> int:
+        """The machine address behind a guest virtual address, as Xen's copy_to/from_guest would reach it.
+
+        XenError(EFAULT): not mapped, not writable, or in Xen's part of the address space.
+        """
+        if not (va < 1 << 47 or va >= HYPERVISOR_VIRT_END):
+            raise XenError(Errno.EFAULT, f"{va:#x} is not a guest address")
+        u64 = self._u64
+        entry = flags = u64[self._walk_root + (va >> 39 & 511)]
+        if entry & PRESENT:
+            entry = u64[((entry & ADDRESS) >> 3) + (va >> 30 & 511)]
+            flags &= entry
+            if entry & PRESENT:
+                entry = u64[((entry & ADDRESS) >> 3) + (va >> 21 & 511)]
+                flags &= entry
+                if entry & PRESENT:
+                    entry = u64[((entry & ADDRESS) >> 3) + (va >> 12 & 511)]
+                    if entry & PRESENT and (not write or flags & entry & RW):
+                        return entry & ADDRESS | va & 0xFFF
+        raise XenError(Errno.EFAULT, f"{va:#x} is not {'writable' if write else 'mapped'}")
+
+    def l1_index(self, va: int) -> int | None:
+        """Where the level-1 entry of an address is, as an index of 64-bit items; None without a level-1 table."""
+        u64, index = self._u64, self._walk_root + (va >> 39 & 511)
+        for shift in (30, 21, 12):
+            entry = u64[index]
+            if not entry & PRESENT:
+                return None
+            index = ((entry & ADDRESS) >> 3) + (va >> shift & 511)
+        return index
+
+    def read(self, va: int, nbytes: int) -> bytes:
+        """Copy from the guest; XenError(EFAULT) where any of it can't be read."""
+        va &= M64
+        if (va & 0xFFF) + nbytes <= 0x1000:
+            at = self.translate(va)
+            return bytes(self._mem[at : at + nbytes])
+        parts, end = [], va + nbytes
+        while va < end:
+            size = min(0x1000 - (va & 0xFFF), end - va)
+            at = self.translate(va & M64)
+            parts.append(bytes(self._mem[at : at + size]))
+            va += size
+        return b"".join(parts)
+
+    def read_as_kernel(self, va: int, nbytes: int) -> bytes:
+        """`read` through the kernel's page tables, whatever mode the guest is in."""
+        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        try:
+            return self.read(va, nbytes)
+        finally:
+            self._walk_root = root
+
+    def write(self, va: int, data: bytes) -> None:
+        """Copy to the guest; XenError(EFAULT), and nothing copied, where any of it can't be written."""
+        va &= M64
+        size = len(data)
+        if (va & 0xFFF) + size <= 0x1000:
+            at = self.translate(va, write=True)
+            self._mem[at : at + size] = data
+            return
+        spans, end = [], va + size
+        while va < end:
+            size = min(0x1000 - (va & 0xFFF), end - va)
+            spans.append((self.translate(va & M64, write=True), size))
+            va += size
+        done = 0
+        for at, size in spans:
+            self._mem[at : at + size] = data[done : done + size]
+            done += size
+
+    def update_runstate_area(self, info: bytes) -> None:
+        """Write the runstate where the guest keeps it; not at all where it isn't mapped (update_runstate_area)."""
+        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        try:
+            self.write(self.runstate_area, info)
+        except XenError:
+            pass
+        finally:
+            self._walk_root = root
+
+    # -- address spaces and modes ------------------------------------------------------------------------------------
+
+    def load_root(self) -> None:
+        """Point the CPU at the root of the mode that it is in."""
+        root = self.user_root if self.user_mode else self.kernel_root
+        self._walk_root = root << 9
+        self.engine.cr3 = root << 12
+        self.tables.stale.clear()
+
+    def flush_tlb(self) -> None:
+        self.engine.flush_tlb()
+        self.tables.stale.clear()
+
+    def toggle_mode(self) -> None:
+        """Between guest kernel and guest user: root table and GS base change (toggle_guest_mode)."""
+        engine = self.engine
+        self.user_mode = not self.user_mode
+        engine.gs_base, self.inactive_gs_base = self.inactive_gs_base, engine.gs_base
+        root = self.user_root if self.user_mode else self.kernel_root
+        self._walk_root = root << 9
+        engine.cr3 = root << 12
+        if self.tables.stale:
+            self.tables.stale.clear()
+
+    # -- entering the guest kernel -------------------------------------------------------------------------------------
+
+    def bounce(self, target: int, masks_events: bool, rip: int, rflags: int, error: int | None) -> int:
+        """Push a frame and go to `target` in the guest kernel (create_bounce_frame).
+
+        The frame, from its lowest address: RCX, R11, [error code,] RIP, CS with the saved upcall mask in bits
+        32-39, RFLAGS with IF from that mask, RSP, SS. GuestCrash where the kernel's stack can't take it.
+        """
+        engine, regs, mem = self.engine, self.regs, self._mem
+        cs, ss = engine.segment(1), engine.segment(2)
+        old_sp = regs[RSP]
+        if self.user_mode:
+            self.toggle_mode()
+            sp = self.kernel_sp
+        else:
+            sp = old_sp
+            cs &= 0xFFFC
+        sp &= ~0xF
+        if HYPERVISOR_VIRT_START < sp < HYPERVISOR_VIRT_END + 64:
+            raise GuestCrash(f"bad kernel stack {sp:#x}")
+        mask_at = self.vcpu.info + 1
+        mask = mem[mask_at]
+        if masks_events:
+            mem[mask_at] = mask | 1
+        pushed_flags = rflags & ~(FLAG_IF | FLAG_IOPL) | (0 if mask else FLAG_IF)
+        if self.guest.assists & 1 << VMASST_TYPE_architectural_iopl:
+            pushed_flags |= self.iopl
+        if error is None:
+            frame = struct.pack("<7Q", regs[RCX], regs[R11], rip, cs | mask << 32, pushed_flags, old_sp, ss)
+        else:
+            frame = struct.pack("<8Q", regs[RCX], regs[R11], error, rip, cs | mask << 32, pushed_flags, old_sp, ss)
+        sp -= len(frame)
+        try:
+            self.write(sp, frame)
+        except XenError:
+            raise GuestCrash(f"page fault while pushing a frame at {sp:#x}") from None
+        if not target:
+            raise GuestCrash("no handler in the guest kernel")
+        regs[RSP] = sp
+        engine.set_code_stack(FLAT_KERNEL_CS, descriptors.CODE64, FLAT_KERNEL_SS, descriptors.DATA)
+        engine.rflags = rflags & ~FLAGS_CLEARED_ON_TRAP | FLAG_IF
+        return target
+
+    def deliver_events(self, rip: int) -> int:
+        """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
+        mem, info = self._mem, self.vcpu.info
+        if mem[info] and not mem[info + 1]:
+            if self.guest.on_upcall is not None:
+                self.guest.on_upcall(self)
+            return self.bounce(self.event_callback, True, rip, self.engine.rflags, None)
+        return rip
+
+    def inject(self, vector: int, rip: int, error: int = 0) -> int:
+        """Give the guest an exception (pv_inject_event). GuestCrash where it has no handler for it."""
+        address, _cs, flags = self.traps[vector]
+        if not address:
+            raise GuestCrash(f"unhandled exception {vector} (error code {error:#x}) at RIP {rip:#x}")
+        code = error if vector in TRAPS_WITH_ERROR_CODE else None
+        rip = self.bounce(address, bool(flags & TI_IF), rip, self.engine.rflags, code)
+        return self.deliver_events(rip)
+
+    def inject_page_fault(self, va: int, error: int, rip: int) -> int:
+        """A page fault of the guest's own, with CR2 in vcpu_info and the user bit as the guest sees its modes."""
+        self._u64[self.vcpu.info + 16 >> 3] = va
+        error = error & ~PFEC_USER | (PFEC_USER if self.user_mode else 0)
+        return self.inject(TRAP_PF, rip, error)
+
+    def kernel_mode(self) -> bool:
+        return not self.user_mode
+
+    # -- what the engine calls: GuestHandler ---------------------------------------------------------------------------
+
+    def syscall(self, rip: int) -> int:
+        """SYSCALL: a hypercall from the guest kernel, a system call from its user (lstar_enter)."""
+        if self.user_mode:
+            return self._user_syscall(rip)
+        regs = self.regs
+        number = regs[RAX]
+        if number == HYPERVISOR_iret:
+            return self._iret()
+        try:
+            handler, arguments = self.hypercalls[number & 0xFFFFFFFF]
+            if arguments == 2:
+                result = handler(self, regs[RDI], regs[RSI])
+            elif arguments == 3:
+                result = handler(self, regs[RDI], regs[RSI], regs[RDX])
+            elif arguments == 4:
+                result = handler(self, regs[RDI], regs[RSI], regs[RDX], regs[R10])
+            elif arguments == 1:
+                result = handler(self, regs[RDI])
+            else:
+                result = handler(self, regs[RDI], regs[RSI], regs[RDX], regs[R10], regs[R8], regs[R9])
+        except XenError as error:
+            result = -error.errno
+        except IndexError:
+            if number & 0xFFFFFFFF < len(self.hypercalls):
+                raise
+            result = -Errno.ENOSYS
+        regs[RAX] = result & M64
+        mem, info = self._mem, self.vcpu.info
+        if mem[info] and not mem[info + 1]:
+            return self.deliver_events(rip)
+        return rip
+
+    def _user_syscall(self, rip: int) -> int:
+        regs, engine = self.regs, self.engine
+        rflags = engine.rflags
+        compat = engine.segment(1) == FLAT_RING3_CS32
+        target, masks = self.syscall32_callback if compat else (self.syscall_callback, self.syscall_masks_events)
+        if not target:
+            return self.inject(TRAP_UD, rip - SYSCALL_LENGTH)
+        # What SYSCALL leaves in RCX and R11 is what the kernel finds there.
+        regs[RCX], regs[R11] = rip, rflags
+        if not compat:
+            engine.set_code_stack(FLAT_RING3_CS64, descriptors.CODE64, FLAT_RING3_SS64, descriptors.DATA)
+        rip = self.bounce(target, masks, rip, rflags, None)
+        if rflags & FLAG_DF:
+            engine.rflags &= ~FLAG_DF
+        mem, info = self._mem, self.vcpu.info
+        if mem[info] and not mem[info + 1]:
+            return self.deliver_events(rip)
+        return rip
+
+    def _iret(self) -> int:
+        """HYPERVISOR_iret: {rax, r11, rcx, flags, rip, cs, rflags, rsp, ss} on the stack (do_iret)."""
+        regs, engine, mem = self.regs, self.engine, self._mem
+        try:
+            frame = self.read(regs[RSP], 72)
+        except XenError:
+            raise GuestCrash("page fault while reading the IRET frame") from None
+        rip: int
+        rax, r11, rcx, flags, rip, cs, rflags, rsp, ss = struct.unpack("<9Q", frame)
+        if cs & 3 == 3:
+            if not self.user_root:
+                raise GuestCrash("IRET to user mode without user page tables")
+            self.toggle_mode()
+        if self.guest.assists & 1 << VMASST_TYPE_architectural_iopl:
+            self.iopl = rflags & FLAG_IOPL
+        cs, ss = cs & 0xFFFF | 3, ss & 0xFFFF | 3
+        regs[RAX] = rax
+        if flags & VGCF_in_syscall:
+            regs[RCX], regs[R11] = rip, rflags
+        else:
+            regs[RCX], regs[R11] = rcx, r11
+        regs[RSP] = rsp
+        info = self.vcpu.info
+        mem[info + 1] = 0 if rflags & FLAG_IF else 1
+        if cs == FLAT_RING3_CS64 and ss == FLAT_RING3_SS64:
+            engine.set_code_stack(cs, descriptors.CODE64, ss, descriptors.DATA)
+        else:
+            bad = descriptors.load_code_stack(self, cs, ss)
+            if bad is not None:
+                # Xen's own IRET faulted; it hands that on as if the target had (pre-exception table).
+                engine.rflags = rflags & ~(FLAG_IOPL | FLAG_VM) & 0xFFFFFFFF | FLAG_IF
+                return self.inject(TRAP_GP, rip, bad & 0xFFFC)
+        engine.rflags = rflags & ~(FLAG_IOPL | FLAG_VM) & 0xFFFFFFFF | FLAG_IF
+        if mem[info] and not mem[info + 1]:
+            return self.deliver_events(rip)
+        return rip
+
+    def exception(self, vector: int, error: int, rip: int, software: bool) -> int:
+        """Every fault and trap of the guest's."""
+        if software:
+            return self._software_interrupt(vector, rip)
+        if vector == TRAP_PF:
+            return self._page_fault(error, rip)
+        if vector == TRAP_GP:
+            if not error:
+                done = emulate.privileged(self, rip)
+                if done is not None:
+                    return self.deliver_events(done)
+            return self.inject(TRAP_GP, rip, error)
+        if vector == TRAP_UD:
+            done = emulate.forced_cpuid(self, rip)
+            return self.inject(TRAP_UD, rip) if done is None else done
+        if vector == TRAP_NM:
+            self.engine.cr0_ts = False
+            if not self.cr0_ts:
+                return rip
+            self.cr0_ts = False
+        elif vector == TRAP_DB:
+            self.debug_registers[6] |= 0x4000
+        return self.inject(vector, rip, error)
+
+    def _software_interrupt(self, vector: int, rip: int) -> int:
+        """INT n: allowed by the trap table's DPL, else #GP as from an IDT gate that user code may not use."""
+        address, _cs, flags = self.traps[vector]
+        if vector in (TRAP_BP, TRAP_OF):
+            return self.inject(vector, rip)
+        if address and (flags & TI_DPL) >= (1 if self.kernel_mode() else 3):
+            rip = self.bounce(address, bool(flags & TI_IF), rip, self.engine.rflags, None)
+            return self.deliver_events(rip)
+        return self.inject(TRAP_GP, rip - 2, vector << 3 | 2)
+
+    def _page_fault(self, error: int, rip: int) -> int:
+        va = self.engine.cr2
+        if self.kernel_mode():
+            if error & (PFEC_PRESENT | PFEC_WRITE | PFEC_RESERVED) == PFEC_PRESENT | PFEC_WRITE:
+                done = writable_pagetable.emulate_write(self, va, rip)
+                if done is not None:
+                    return self.deliver_events(done)
+            elif error & PFEC_FETCH and error & PFEC_PRESENT and self._initial_page_executes(va):
+                return rip
+        if HYPERVISOR_VIRT_START <= va < HYPERVISOR_VIRT_END and descriptors.map_ldt_page(self, va):
+            return rip
+        return self.inject_page_fault(va, error, rip)
+
+    def _initial_page_executes(self, va: int) -> bool:
+        """The builder marks data pages NX for speed, which Xen doesn't: take that back where it is in the way."""
+        index = self.l1_index(va)
+        if index is None:
+            return False
+        entry = self._u64[index]
+        if not entry & NX or not self.guest.marked_nx(entry, index):
+            return False
+        self._u64[index] = entry & ~NX
+        self.engine.flush_page(va)
+        return True
+
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
+        return guest_cpuid(self.engine.native_cpuid, self.domain.hypervisor.clock, leaf, subleaf)

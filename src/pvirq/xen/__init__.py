@@ -1,0 +1,1 @@
+"""The hypervisor by itself: domains, event channels, timers, grants, frames. Knows nothing of CPUs."""

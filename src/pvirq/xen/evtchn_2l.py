@@ -1,0 +1,97 @@
+"""The two-level event channel ABI (xen/common/event_2l.c): pending and mask bitmaps in shared_info.
+
+Level one is evtchn_pending_sel of a vCPU: a bit says that a word of the pending bitmap is worth a look. Bits
+are touched as bytes: on a little-endian machine that is the same for the words of 32-bit and of 64-bit
+guests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.event_channel import SHARED_INFO_EVTCHN_MASK_32, VCPU_INFO_PENDING_SEL_32
+from pvirq.abi.xen import SHARED_INFO_EVTCHN_MASK, SHARED_INFO_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL
+from pvirq.xen.sched import check_pollers, mark_events_pending
+
+if TYPE_CHECKING:
+    from pvirq.xen.domain import Domain, Vcpu
+    from pvirq.xen.evtchn_channels import Channel
+
+
+class TwoLevel:
+    """Port operations of one domain under the two-level ABI (struct evtchn_port_ops)."""
+
+    fifo = False
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._mem = domain.machine.mem
+        wide = domain.word_bits == 64
+        self._word_shift = 6 if wide else 5
+        self._sel = VCPU_INFO_PENDING_SEL if wide else VCPU_INFO_PENDING_SEL_32
+        self._pending = domain.shared_info + SHARED_INFO_EVTCHN_PENDING
+        self._mask = domain.shared_info + (SHARED_INFO_EVTCHN_MASK if wide else SHARED_INFO_EVTCHN_MASK_32)
+        self.max_channels = domain.word_bits * domain.word_bits
+
+    def init(self, channel: Channel) -> None:
+        """A port has been bound; nothing to prepare."""
+
+    def set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
+        mem, port = self._mem, channel.port
+        at, bit = port >> 3, 1 << (port & 7)
+        pending = mem[self._pending + at]
+        if pending & bit:
+            return
+        mem[self._pending + at] = pending | bit
+        if not mem[self._mask + at] & bit:
+            self._select(vcpu, port)
+        check_pollers(vcpu.domain, port)
+
+    def _select(self, vcpu: Vcpu, port: int) -> None:
+        """Point the vCPU at the word of `port`, and at its events if that is news."""
+        word = port >> self._word_shift
+        at, bit = vcpu.info + self._sel + (word >> 3), 1 << (word & 7)
+        selected = self._mem[at]
+        if not selected & bit:
+            self._mem[at] = selected | bit
+            mark_events_pending(vcpu)
+
+    def clear_pending(self, channel: Channel) -> None:
+        self._mem[self._pending + (channel.port >> 3)] &= ~(1 << (channel.port & 7)) & 0xFF
+
+    def unmask(self, channel: Channel) -> None:
+        mem, port = self._mem, channel.port
+        at, bit = port >> 3, 1 << (port & 7)
+        mask = mem[self._mask + at]
+        if not mask & bit:
+            return
+        mem[self._mask + at] = mask & ~bit
+        if mem[self._pending + at] & bit:
+            self._select(self._domain.vcpus[channel.notify_vcpu], port)
+
+    def is_pending(self, channel: Channel) -> bool:
+        # Back from FIFO there can be ports beyond the bitmap.
+        port = channel.port
+        return port < self.max_channels and bool(self._mem[self._pending + (port >> 3)] >> (port & 7) & 1)
+
+    def is_masked(self, channel: Channel) -> bool:
+        port = channel.port
+        return port >= self.max_channels or bool(self._mem[self._mask + (port >> 3)] >> (port & 7) & 1)
+
+    def is_busy(self, channel: Channel) -> bool:
+        """A closed port is free at once."""
+        return False
+
+    def set_priority(self, channel: Channel, priority: int) -> None:
+        raise XenError(Errno.ENOSYS, "the two-level ABI has no priorities")
+
+    def state(self, channel: Channel) -> str:
+        """The third column of the 'e' debug key: is the port's word selected?"""
+        word = channel.port >> self._word_shift
+        vcpu = self._domain.vcpus[channel.notify_vcpu]
+        return str(self._mem[vcpu.info + self._sel + (word >> 3)] >> (word & 7) & 1)
+
+    def is_raw_pending(self, port: int) -> bool:
+        """The pending bit of any port, bound or not."""
+        return bool(self._mem[self._pending + (port >> 3)] >> (port & 7) & 1)

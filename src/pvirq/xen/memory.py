@@ -1,0 +1,126 @@
+"""Machine memory: one flat array of 4 KiB frames with an owner, a type and reference counts for each.
+
+All of a host's frames (every domain's RAM, and the hypervisor's own pages that guests can see: shared_info,
+grant tables, the machine-to-phys table) lie in one anonymous mapping, so a machine address is an index into
+`Machine.mem` and CPU engines map the whole of it once. Untouched frames cost no memory.
+
+The frame table follows Xen's struct page_info (xen/arch/x86/include/asm/mm.h): a frame has at most one type at a
+time, and the type can change only while nothing holds a reference of the old one. That rule, applied by
+`pvirq.pv.pagetable`, is what keeps a guest from writing its own page tables.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.xen import DOMID_INVALID, DOMID_XEN, PAGE_SHIFT, PAGE_SIZE
+
+MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13
+
+# Frame types (PGT_*). NONE and WRITABLE pages may be mapped read-write; no other may.
+PGT_NONE = 0
+PGT_L1 = 1
+PGT_L2 = 2
+PGT_L3 = 3
+PGT_L4 = 4
+PGT_SEG_DESC = 5
+PGT_WRITABLE = 7
+
+# The first frames stay unused, so that a zero mfn is never valid and low addresses in a guest fault.
+FIRST_MFN = 0x100
+
+
+class Machine:
+    """The frames of one host.
+
+    `mem`, `u32` and `u64` are views of the same bytes; index = machine address // item size.
+    `owner[mfn]` is a domain id (DOMID_INVALID: free; DOMID_XEN: the hypervisor's own), `type[mfn]` a PGT_*,
+    `type_count[mfn]` its type references, `refs[mfn]` its mappings of any kind, `pinned[mfn]` 1 where the guest
+    holds a pin (MMUEXT_PIN_*).
+    """
+
+    def __init__(self, size: int = 16 << 30) -> None:
+        """`size` bytes of machine memory (rounded to frames) are reserved, not used."""
+        self.frames = size >> PAGE_SHIFT
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._map = mmap.mmap(-1, self.frames << PAGE_SHIFT, flags=flags)
+        self.mem = memoryview(self._map)
+        self.u32 = self.mem.cast("I")
+        self.u64 = self.mem.cast("Q")
+        # numpy arrays for whole-table work; memoryviews of them because single items are faster that way.
+        self.np_u64 = np.frombuffer(self._map, dtype=np.uint64)
+        self.np_owner = np.full(self.frames, DOMID_INVALID, dtype=np.uint16)
+        self.np_type = np.zeros(self.frames, dtype=np.uint8)
+        self.np_type_count = np.zeros(self.frames, dtype=np.uint32)
+        self.np_refs = np.zeros(self.frames, dtype=np.uint32)
+        self.owner = self.np_owner.data
+        self.type = self.np_type.data
+        self.type_count = self.np_type_count.data
+        self.refs = self.np_refs.data
+        self.pinned = bytearray(self.frames)
+        self._free: list[tuple[int, int]] = [(FIRST_MFN, self.frames - FIRST_MFN)]  # (first mfn, count), sorted
+        # The machine-to-phys table that all guests read: their pfn for each mfn. 2 MiB aligned, for large pages.
+        self.m2p_mfn = self.alloc(-(-self.frames // 512), align=512)
+        self.m2p = self.u64[self.m2p_mfn << 9 : (self.m2p_mfn << 9) + self.frames]
+
+    def alloc(self, count: int, owner: int = DOMID_XEN, align: int = 1) -> int:
+        """Take `count` contiguous zeroed frames for `owner` and return the first mfn. XenError(ENOMEM) if none."""
+        for i, (start, length) in enumerate(self._free):
+            first = (start + align - 1) // align * align
+            if first + count > start + length:
+                continue
+            parts = [(start, first - start), (first + count, start + length - first - count)]
+            self._free[i : i + 1] = [part for part in parts if part[1]]
+            self.np_owner[first : first + count] = owner
+            return first
+        raise XenError(Errno.ENOMEM, f"no {count} contiguous machine frames left")
+
+    def share(self, mfn: int, domid: int) -> None:
+        """Let a domain map one of Xen's frames, writable, and use it as nothing else (share_xen_page_with_guest)."""
+        self.owner[mfn] = domid
+        self.type[mfn] = PGT_WRITABLE
+        self.type_count[mfn] = 1
+
+    def free(self, mfn: int, count: int = 1) -> None:
+        """Give frames back; their content is dropped, so that the next owner finds zeros."""
+        self._map.madvise(mmap.MADV_DONTNEED, mfn << PAGE_SHIFT, count << PAGE_SHIFT)
+        for table in (self.np_type, self.np_type_count, self.np_refs):
+            table[mfn : mfn + count] = 0
+        self.np_owner[mfn : mfn + count] = DOMID_INVALID
+        self.pinned[mfn : mfn + count] = bytes(count)
+        insort(self._free, (mfn, count))
+        self._merge_free(bisect_left(self._free, (mfn, count)))
+
+    def _merge_free(self, i: int) -> None:
+        for j in (i, i - 1):
+            if 0 <= j < len(self._free) - 1:
+                (start, length), (after, more) = self._free[j : j + 2]
+                if start + length == after:
+                    self._free[j : j + 2] = [(start, length + more)]
+
+    def free_all_of(self, owner: int) -> None:
+        """Give back every frame of a domain that has ended."""
+        mfns = np.flatnonzero(self.np_owner == owner)
+        if not len(mfns):
+            return
+        for run in np.split(mfns, np.flatnonzero(np.diff(mfns) != 1) + 1):
+            self.free(int(run[0]), len(run))
+
+    def page(self, mfn: int) -> memoryview:
+        """The bytes of one frame, in place."""
+        return self.mem[mfn << PAGE_SHIFT : (mfn << PAGE_SHIFT) + PAGE_SIZE]
+
+    def close(self) -> None:
+        """Unmap everything. Views that others still hold keep the mapping alive until they go."""
+        self._free = []
+        del self.np_u64
+        for view in (self.m2p, self.u64, self.u32, self.mem):
+            view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,72 @@
+"""The timers of a virtual CPU: one single-shot, one periodic, both raising VIRQ_TIMER (xen/common/sched/core.c)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.xen import VIRQ_TIMER
+from pvirq.xen import evtchn
+from pvirq.xen.domain import Vcpu
+
+MILLISECOND: Final = 1_000_000
+STIME_DELTA_MAX: Final = ((1 << 63) - 1) >> 2
+HUGE_TIMEOUT: Final = 1 << 50
+
+
+def send_timer_event(vcpu: Vcpu) -> None:
+    """VIRQ_TIMER now; lost where the guest has not bound it."""
+    evtchn.send_guest_vcpu_virq(vcpu, VIRQ_TIMER)
+
+
+def stop_singleshot(vcpu: Vcpu) -> None:
+    """VCPUOP_stop_singleshot_timer."""
+    if vcpu.singleshot_timer is not None:
+        vcpu.singleshot_timer.cancel()
+        vcpu.singleshot_timer = None
+
+
+def set_singleshot(vcpu: Vcpu, when: int) -> None:
+    """VCPUOP_set_singleshot_timer: VIRQ_TIMER at `when` ns of system time, at once where that has passed.
+
+    VCPU_SSHOTTMR_future makes no difference: since 4.17 a timeout in the past is delivered, not refused.
+    """
+    clock = vcpu.domain.hypervisor.clock
+    stop_singleshot(vcpu)
+    if when < clock.now():
+        send_timer_event(vcpu)
+    else:
+        vcpu.singleshot_timer = clock.at(when, lambda: send_timer_event(vcpu))
+
+
+def set_timer_op(vcpu: Vcpu, timeout: int) -> None:
+    """HYPERVISOR_set_timer_op: as set_singleshot, but 0 stops the timer, and a senseless time is 100 ms from now."""
+    clock = vcpu.domain.hypervisor.clock
+    stop_singleshot(vcpu)
+    if not timeout:
+        return
+    if timeout >> 63 or timeout - clock.now() >= HUGE_TIMEOUT:
+        timeout = clock.now() + 100 * MILLISECOND
+    vcpu.singleshot_timer = clock.at(timeout, lambda: send_timer_event(vcpu))
+
+
+def set_periodic(vcpu: Vcpu, period: int) -> None:
+    """VCPUOP_set_periodic_timer, in ns; 0 stops it. XenError(EINVAL) under 1 ms or beyond 73 years."""
+    if period and not MILLISECOND <= period <= STIME_DELTA_MAX:
+        raise XenError(Errno.EINVAL, f"timer period of {period} ns")
+    if vcpu.periodic_timer is not None:
+        vcpu.periodic_timer.cancel()
+        vcpu.periodic_timer = None
+    vcpu.periodic_ns = period
+    if period:
+        _arm_periodic(vcpu)
+
+
+def _arm_periodic(vcpu: Vcpu) -> None:
+    clock = vcpu.domain.hypervisor.clock
+
+    def fire() -> None:
+        send_timer_event(vcpu)
+        _arm_periodic(vcpu)
+
+    vcpu.periodic_timer = clock.at(clock.now() + vcpu.periodic_ns, fire)
