@@ -24,6 +24,7 @@ from pvirq.pv.image import KernelImage
 from pvirq.toolstack import domain as toolstack
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
+from pvirq.xen.memory import PGT_WRITABLE
 from pvirq.xen.timer import NS_PER_S
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class Guest:
         machine.uuid = uuid.UUID(self.uuid).bytes
         layout = builder.build(machine, image, initrd, append)
         store_mfn, console_mfn = machine.mfn(layout.xenstore), machine.mfn(layout.console)
+        # Domain 0 has them mapped for as long as the guest lives: given back, they must not become another guest's.
+        for mfn in (store_mfn, console_mfn):
+            machine.tables.get_type(mfn, PGT_WRITABLE)
         grants = domain.grant_table
         assert grants is not None
         grants.set_entry(GNTTAB_RESERVED_CONSOLE, 0, console_mfn)
@@ -159,11 +163,13 @@ class Guest:
             done = self.host.run(lambda: until() or self.ended, limit)
         except HostStuck:
             raise GuestTimeout(f"{self.name} sleeps for ever; waiting for {what}") from None
+        if self.ended:
+            self.console.service()  # its last words: nobody may have read them since
         if until():
             return
         if not done:
             raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for {what}")
-        if self.shutdown_reason == "crash":
+        if self.shutdown_reason in ("crash", "watchdog"):
             raise GuestCrashed(f"{self.name} crashed{f': {self.machine.crash}' if self.machine.crash else ''}")
         raise GuestError(f"{self.name} ended ({self.shutdown_reason}); waiting for {what}")
 
@@ -191,7 +197,7 @@ class Guest:
         `on_output` gets its output in pieces, as it comes. GuestTimeout, GuestCrashed or GuestError where the
         command doesn't end.
         """
-        self._await_agent(timeout)
+        self.await_agent(timeout)
         self._commands += 1
         nonce = f"pvirq{self._commands}"
         receiver = _Receiver(nonce.encode(), on_output)
@@ -205,14 +211,15 @@ class Guest:
         assert receiver.status is not None
         return CommandResult(bytes(receiver.output), receiver.status)
 
-    def _await_agent(self, timeout: float | None) -> None:
+    def await_agent(self, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Run until the agent in the guest's initrd takes commands, which `run` and `poweroff` do by themselves."""
         if self._waiting_for_agent:
             self._run(lambda: AGENT_READY in self.console.output, timeout, "the agent in the guest's initrd")
             self._waiting_for_agent = False
 
     def poweroff(self, timeout: float | None = DEFAULT_TIMEOUT) -> str:
         """Tell the agent to power the guest off, and wait for it."""
-        self._await_agent(timeout)
+        self.await_agent(timeout)
         self.console.send(b"poweroff\n")
         return self.wait(timeout)
 

@@ -40,7 +40,8 @@ class Host:
 
     `idle`, where set, is called instead of jumping over time in which every vCPU sleeps: with the ns until the
     next timer (None: no timer), it returns how many ns to let pass. An interactive console waits there for its
-    user, in real time.
+    user, in real time. `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least
+    while a guest works; what it raises ends `run`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Host:
         self.wallclock_ns = int(wallclock * NS_PER_S)
         self.guests: list[Guest] = []
         self.idle: Callable[[int | None], int] | None = None
+        self.on_turn: Callable[[], None] | None = None
         self._machines: dict[int, PvGuest] = {}
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
@@ -107,7 +109,7 @@ class Host:
             machine = PvGuest(domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns)
         except XenError as error:
             self.hypervisor.destroy_domain(domain)
-            raise BuildError(f"{memory // MIB} MiB of guest memory: {error.why}") from None
+            raise BuildError(f"{memory // MIB} MiB of guest memory are more than this host has left") from error
         self._machines[domain.domid] = machine
         if not self._clocked:
             self._clocked = True
@@ -170,6 +172,8 @@ class Host:
         try:
             while True:
                 clock.fire_due()
+                if self.on_turn is not None:
+                    self.on_turn()
                 if until():
                     return True
                 if limit is not None and clock.now() >= limit:

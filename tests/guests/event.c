@@ -142,6 +142,6 @@ void test(void)
     rc("send on a closed one", EV(4, &tport));
     bv.virq = 99; rc("bind_virq 99", EV(1, &bv)); bv.virq = 0; bv.vcpu = 1; rc("bind_virq, vcpu 1", EV(1, &bv)); bi.vcpu = 1; rc("bind_ipi, vcpu 1", EV(7, &bi));
     rc("op 99", EV(99, 0)); rc("bad pointer", EV(4, EFAULT_ADDR));
-    { struct { u32 cmd; u32 pad; union { struct { u16 dom, rdom; u32 port; } a; u64 w[4]; } u; } old = { 6, 0, { { DOMID_SELF, 1, 0 } } };
+    { struct { u32 cmd; union { struct { u16 dom, rdom; u32 port; } a; u32 w[8]; } u; } old = { 6, { { DOMID_SELF, DOMID_SELF, 0 } } };
       rc("event_channel_op_compat alloc_unbound", HC1(HC_event_channel_op_compat, &old)); }
 }

@@ -34,7 +34,8 @@ static void unmap(const char *name, u64 addr, u32 handle, u32 ref)
 void test(void)
 {
     u64 frames[64];
-    u8 *a = pages[0], *window = pages[1], *dst = pages[2];
+    volatile u8 *a = pages[0], *window = pages[1]; /* often the same memory */
+    u8 *dst = pages[2];
     struct map_op m;
     { struct { u16 dom, rdom; u32 port; } al = { DOMID_SELF, DOMID_SELF, 0 };
       struct { u16 dom; u32 port; u32 status, vcpu; u16 rdom; u32 more; } st = { DOMID_SELF, 0, 0, 0, 0, 0 };
@@ -59,7 +60,7 @@ void test(void)
     { struct { u32 nr; u16 dom; short status; u64 *list; } s = { 1, DOMID_SELF, 99, frames }; rc("get_status_frames in version 1", GT(9, &s, 1)); say("  status %d\n", s.status); }
 
     say("-- copy\n");
-    memset(a, 0xab, PAGE); memset(dst, 0, PAGE);
+    memset(pages[0], 0xab, PAGE); memset(dst, 0, PAGE);
     grant(20, me, MFN(a), 1); grant(21, me, MFN(a), 5); grant(22, me == 1 ? 2 : 1, MFN(a), 1); grant(23, me, 0xffffffff, 1); grant(24, me, MFN(dst), 1);
     copy("frame to frame", (struct copy_op){ { { .mfn = MFN(a) }, DOMID_SELF, 0 }, { { .mfn = MFN(dst) }, DOMID_SELF, 0 }, 16, 0, 0 });
     copy("ref to frame", (struct copy_op){ { { .ref = 20 }, DOMID_SELF, 0 }, { { .mfn = MFN(dst) }, DOMID_SELF, 3 }, 4, 1, 0 });

@@ -244,9 +244,9 @@ u64 l1e_maddr(u64 va)
     u64 *e = l1e_of(va);
     return e ? MFN(e) << 12 | ((u64)e & 4095) : 0;
 }
-long remap(void *va, u64 pte) { return HC3(HC_update_va_mapping, va, pte, 2); }
-long set_ro(void *va) { return remap(va, PTE(va, P | US | A)); }
-long set_rw(void *va) { return remap(va, PTE(va, P | US | RW | A | D)); }
+long remap(volatile void *va, u64 pte) { return HC3(HC_update_va_mapping, va, pte, 2); }
+long set_ro(volatile void *va) { return remap(va, PTE(va, P | US | A)); }
+long set_rw(volatile void *va) { return remap(va, PTE(va, P | US | RW | A | D)); }
 long mmu_update1(u64 ptr, u64 val, u32 *done)
 {
     struct mmu_update u = { ptr, val };

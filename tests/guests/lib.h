@@ -131,9 +131,9 @@ extern u64 *p2m;
 static inline void *va_of_mfn(u64 mfn) { return (void *)(BASE + (M2P[mfn] << 12)); }
 u64 *l1e_of(u64 va);                   /* the (read-only mapped) L1 entry of a mapped address, or 0 */
 u64 l1e_maddr(u64 va);                 /* its machine address */
-long remap(void *va, u64 pte);         /* update_va_mapping with a local flush */
-long set_ro(void *va);
-long set_rw(void *va);
+long remap(volatile void *va, u64 pte);         /* update_va_mapping with a local flush */
+long set_ro(volatile void *va);
+long set_rw(volatile void *va);
 long mmu_update1(u64 ptr, u64 val, u32 *done);
 long mmuext1(u32 cmd, u64 arg1, u64 arg2);
 extern u8 pages[48][4096];             /* page-aligned, for whatever the kernel wants */
@@ -156,7 +156,7 @@ void show(const char *name);               /* the last trap: vector, error code,
 void show_full(const char *name);          /* and cs, flags, masks, stack */
 long set_traps(const struct trap_info *t);
 void set_gate(u8 vec, u8 flags, u64 address);
-/* User mode (user.S): enter_user returns when a trap or syscall hook calls leave_user. */
+/* User mode (start.S): enter_user returns when a trap or syscall hook calls leave_user. */
 long enter_user(u64 rip, u64 rsp, u64 rflags, u64 vgcf, u64 cs);
 void leave_user(void) __attribute__((noreturn));
 void enable_events(void);

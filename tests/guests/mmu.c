@@ -14,13 +14,14 @@ static long uva(void *va, u64 pte, u64 flags) { return HC3(HC_update_va_mapping,
 
 static void va_mapping(void)
 {
-    u8 *a = pages[0], *b = pages[1];
+    volatile u8 *b = pages[1]; /* and so it is seen through `a` too */
+    u8 *a = pages[0];
     u64 *e = l1e_of((u64)a), old = *e;
     say("-- update_va_mapping\n");
-    entry("as built by the domain builder", e);
+    say("as built by the domain builder: flags %lx\n", flags_of(*e) & ~(A | D | NX)); /* these are the builder's choice */
     rc("swap in another page", uva(a, PTE(b, P | RW | US), 2));
     entry("  entry", e);
-    b[5] = 0x42; say("  seen through it %x\n", a[5]);
+    b[5] = 0x42; say("  seen through it %x\n", *(volatile u8 *)(a + 5));
     entry("  touched", e);
     rc("read-only", uva(a, PTE(b, P), 2)); entry("  without US", e);
     rc("global", uva(a, PTE(b, P | RW | G), 2)); entry("  kernel global", e);
@@ -140,7 +141,7 @@ static void upper(void)
     l4[1] = PTE(l3, P | RW | US); l4[256] = PTE(l3, P | RW); l4[260] = 0x1230;
     rc("new base, writable", mmuext1(NEW_BASE, MFN(l4), 0));
     set_ro(l4);
-    rc("pin L4", mmuext1(PIN_L4, MFN(l4), 0)); entry("  [1]", l4 + 1); entry("  [511]", l4 + 511);
+    rc("pin L4", mmuext1(PIN_L4, MFN(l4), 0)); entry("  [1]", l4 + 1); say("  [511]: flags %lx\n", flags_of(l4[511]) & ~(A | D | NX));
     rc("write a Xen slot", mmu_update1(MFN(l4) << 12 | 256 * 8, 0, 0));
     rc("write a Xen slot", mmu_update1(MFN(l4) << 12 | 271 * 8, PTE(l3, P), 0));
     rc("write slot 272", mmu_update1(MFN(l4) << 12 | 272 * 8, PTE(l3, P | RW | US), 0));

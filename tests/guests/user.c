@@ -43,7 +43,6 @@ SNIPPET(u_int80, "int $0x80");
 SNIPPET(u_int20, "int $0x20");
 SNIPPET(u_popf, "pushq $0x3202; popfq; pushfq; pop %rax; ud2");
 SNIPPET(u_gs, "mov %gs:0, %rax; mov %fs:0, %rbx; ud2");
-SNIPPET(u_gsbase, "rdgsbase %rax; rdfsbase %rbx; ud2");
 SNIPPET(u_sel, "xor %eax, %eax; xor %ebx, %ebx; mov %ds, %eax; mov %gs, %ebx; ud2");
 SNIPPET(u_loadsel, "mov $0xe02b, %eax; mov %eax, %ds; mov %eax, %es; xor %eax, %eax; mov %ds, %eax; ud2");
 SNIPPET(u_badsel, "mov $0x1237, %eax; mov %eax, %ds");
@@ -92,6 +91,12 @@ static void run_cs(const char *name, const char *start, const char *end, u64 rfl
 #define RUN(name) run_cs(#name, name##_start, name##_end, 0x202, 0, 0xe033)
 #define RUNF(name, rflags, vgcf) run_cs(#name, name##_start, name##_end, rflags, vgcf, 0xe033)
 
+static void user_gs_base(void)
+{
+    u64 lo = 0, hi = 0;
+    TRY("rdmsr", R("=a"(lo), "=d"(hi)), R("c"(0xc0000102)));
+    say("  user gs base %lx\n", lo | hi << 32);
+}
 static void entry(const char *name, u64 *table, u32 i) { say("%s entry flags %lx%s\n", name, table[i] & 0xfff, table[i] >> 63 ? " nx" : ""); }
 
 void test(void)
@@ -187,21 +192,18 @@ void test(void)
 
     say("-- segment bases\n");
     *(u64 *)data = 0x1111; *(u64 *)(data + 8) = 0x2222;
-    rc("GS_USER", HC2(HC_set_segment_base, 1, UDATA));
+    rc("GS_USER", HC2(HC_set_segment_base, 1, UDATA)); user_gs_base();
     rc("FS", HC2(HC_set_segment_base, 0, UDATA + 8));
     rc("GS_KERNEL", HC2(HC_set_segment_base, 2, data));
     { u64 v = 0; TRY("mov %%gs:8, %0", R("=r"(v)), ); say("kernel gs:8 %lx\n", v); }
     RUN(u_gs); say("  gs:0 %lx fs:0 %lx\n", got.rax, got.rbx);
-    RUN(u_gsbase); say("  gs base %lx fs base %lx\n", got.rax, got.rbx);
     { u64 v = 0; TRY("mov %%gs:8, %0", R("=r"(v)), ); say("kernel gs:8 %lx\n", v); }
-    { u64 v = 0; TRY("rdgsbase %0", R("=r"(v)), ); show("rdgsbase"); say("  is data %d\n", v == (u64)data);
-      TRY("rdfsbase %0", R("=r"(v)), ); show("rdfsbase"); say("  %lx\n", v); }
     TRY("swapgs", , ); show("swapgs");
     rc("GS_USER_SEL 0", HC2(HC_set_segment_base, 3, 0));
     RUN(u_sel); say("  ds %lx gs %lx\n", got.rax, got.rbx);
-    RUN(u_gsbase); say("  gs base %lx\n", got.rax);
+    user_gs_base();
     rc("GS_USER_SEL e02b", HC2(HC_set_segment_base, 3, 0xe02b));
-    RUN(u_sel); say("  ds %lx gs %lx\n", got.rax, got.rbx);
+    RUN(u_sel); say("  ds %lx gs %lx\n", got.rax, got.rbx); user_gs_base();
     rc("GS_USER_SEL 1234", HC2(HC_set_segment_base, 3, 0x1234));
     RUN(u_sel); say("  ds %lx gs %lx\n", got.rax, got.rbx);
     rc("GS_USER_SEL 2", HC2(HC_set_segment_base, 3, 2));

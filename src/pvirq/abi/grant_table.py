@@ -33,10 +33,23 @@ GNTST_no_space: Final = -13
 
 GTF_invalid: Final = 0
 GTF_permit_access: Final = 1
+GTF_accept_transfer: Final = 2
+GTF_transitive: Final = 3
 GTF_type_mask: Final = 3
 GTF_readonly: Final = 1 << 2
 GTF_reading: Final = 1 << 3
 GTF_writing: Final = 1 << 4
+GTF_sub_page: Final = 1 << 8
+# Of an entry of type GTF_accept_transfer.
+GTF_transfer_committed: Final = 1 << 2
+GTF_transfer_completed: Final = 1 << 3
+
+GNTMAP_device_map: Final = 1 << 0
+GNTMAP_host_map: Final = 1 << 1
+GNTMAP_readonly: Final = 1 << 2
+GNTMAP_application_map: Final = 1 << 3
+GNTMAP_contains_pte: Final = 1 << 4
+GNTMAP_guest_avail0: Final = 1 << 16  # the lowest of the bits that go to the available bits of the entry
 
 GNTCOPY_source_gref: Final = 1 << 0
 GNTCOPY_dest_gref: Final = 1 << 1
@@ -47,3 +60,9 @@ GNTTAB_RESERVED_XENSTORE: Final = 1
 GNTTAB_NR_RESERVED_ENTRIES: Final = 8
 
 GRANT_ENTRY_V1_SIZE: Final = 8  # {u16 flags; domid_t domid; u32 frame}
+GRANT_ENTRY_V2_SIZE: Final = 16  # {u16 flags; domid_t domid; u16 page_off, length; u64 frame}, see the header
+GRANT_STATUS_SIZE: Final = 2
+# struct gnttab_cache_flush {u64 dev_bus_addr; u16 offset, length; u32 op}
+GNTTAB_CACHE_CLEAN: Final = 1 << 0
+GNTTAB_CACHE_INVAL: Final = 1 << 1
+GNTTAB_CACHE_SOURCE_GREF: Final = 1 << 31

@@ -76,6 +76,7 @@ class Engine(Protocol):
     cr3: int  # machine address of the root table; setting it flushes the TLB
     fs_base: int
     gs_base: int
+    tsc_aux: int  # what RDTSCP puts in ECX
     cr0_ts: bool  # CR0.TS: the next FPU instruction raises #NM
     stop_at: int | None  # counter value (`counter()`) at which a run ends by itself; None: no limit
 

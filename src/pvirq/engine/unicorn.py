@@ -34,6 +34,7 @@ CR0_PE_PG_ETC: Final = 0x80050033  # PG AM WP NE ET MP PE
 CR0_TS: Final = 1 << 3
 CR4: Final = 0x620  # PAE OSFXSR OSXMMEXCPT
 MSR_EFER: Final = 0xC0000080
+MSR_TSC_AUX: Final = 0xC0000103
 EFER: Final = 0xD01  # NXE LMA LME SCE
 
 HF_CPL: Final = 3
@@ -45,6 +46,8 @@ CS, SS, FS, GS = 1, 2, 4, 5
 STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
 
 CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
+
+INT_LENGTH: Final = 2
 
 # A run ends at the latest after this long, so that Ctrl-C and the host's other work are never far.
 LONGEST_RUN_NS: Final = 50_000_000
@@ -117,7 +120,10 @@ class UnicornEngine:
         def invalid(_uc: int, _data: int) -> bool:
             u32[old_exception] = 0xFFFFFFFF
             try:
-                regs[RIP] = self.handler.exception(TRAP_UD, 0, regs[RIP], False)
+                # INT 6 comes here too, with RIP still at the instruction.
+                software = bool(u32[is_int])
+                rip = regs[RIP] + (INT_LENGTH if software else 0)
+                regs[RIP] = self.handler.exception(TRAP_UD, 0, rip, software)
             except BaseException as failure:
                 self._fail(failure)
             return True
@@ -131,6 +137,9 @@ class UnicornEngine:
             return 1
 
         pointer, u32_t = ctypes.c_void_p, ctypes.c_uint32
+        port_io = ctypes.c_void_p(state.general_protection_stub())
+        self._hook(unicorn.UC_HOOK_INSN, port_io, x86.UC_X86_INS_IN)
+        self._hook(unicorn.UC_HOOK_INSN, port_io, x86.UC_X86_INS_OUT)
         self._hook(unicorn.UC_HOOK_INSN, ctypes.CFUNCTYPE(None, pointer, pointer)(syscall), x86.UC_X86_INS_SYSCALL)
         self._hook(
             unicorn.UC_HOOK_INSN,
@@ -215,6 +224,14 @@ class UnicornEngine:
         self._u64[39] = value
 
     @property
+    def tsc_aux(self) -> int:
+        return int(self._uc.msr_read(MSR_TSC_AUX))
+
+    @tsc_aux.setter
+    def tsc_aux(self, value: int) -> None:
+        self._uc.msr_write(MSR_TSC_AUX, value)
+
+    @property
     def cr0_ts(self) -> bool:
         return bool(self._u64[layout.CR0 // 8] & CR0_TS)
 
@@ -280,7 +297,7 @@ class UnicornEngine:
         self._tlb_flush_page(self._cpu, va)
 
     def invalidate_code(self, address: int, size: int) -> None:
-        self._uc.ctl_remove_cache(address, address + size)
+        self._state.invalidate_range(self._handle, address, address + size)
 
     # -- time ------------------------------------------------------------------------------------------------------
 

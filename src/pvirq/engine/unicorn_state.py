@@ -9,6 +9,7 @@ is that of CPUX86State in QEMU 5.0's target/i386/cpu.h, from which Unicorn 2 was
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import struct
 from typing import Any
@@ -57,8 +58,7 @@ class CpuState:
     # -- finding things ----------------------------------------------------------------------------------------
 
     def _find_cpu(self) -> None:
-        get_cpu = self.lib.qemu_get_cpu_x86_64
-        get_cpu.restype, get_cpu.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int]
+        get_cpu = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)(self._symbol("qemu_get_cpu_x86_64"))
         self.cpu = get_cpu(self.handle, -1)  # the one CPU has no index
         if not self.cpu:
             raise self._surprise("no CPU object")
@@ -78,15 +78,19 @@ class CpuState:
         self.u32 = self.bytes.cast("I")
         self.u64 = self.bytes.cast("Q")
 
+    def _symbol(self, name: str) -> int:
+        """The address of an exported function."""
+        try:
+            address = ctypes.cast(getattr(self.lib, name), ctypes.c_void_p).value
+        except AttributeError:
+            raise self._surprise(f"{name} is not exported") from None
+        assert address is not None
+        return address
+
     def _bind_functions(self) -> None:
         def bind(name: str, *argtypes: Any, restype: Any = None) -> Any:
             # A fresh function object each time: the binding's own keep their types.
-            try:
-                address = ctypes.cast(getattr(self.lib, name), ctypes.c_void_p).value
-            except AttributeError:
-                raise self._surprise(f"{name} is not exported") from None
-            assert address is not None
-            return ctypes.CFUNCTYPE(restype, *argtypes)(address)
+            return ctypes.CFUNCTYPE(restype, *argtypes)(self._symbol(name))
 
         pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
         self.tlb_flush = bind("tlb_flush_x86_64", pointer)
@@ -94,6 +98,7 @@ class CpuState:
         self.update_cr0 = bind("cpu_x86_update_cr0_x86_64", pointer, ctypes.c_uint32)
         self.update_cr3 = bind("cpu_x86_update_cr3_x86_64", pointer, u64)
         self.get_tsc = bind("cpu_get_tsc_x86_64", pointer, restype=u64)
+        self.invalidate_range = bind("tb_invalidate_phys_range_x86_64", pointer, u64, u64)
         self.emu_start = bind("uc_emu_start", pointer, u64, u64, u64, ctypes.c_size_t, restype=ctypes.c_int)
         self.emu_stop = bind("uc_emu_stop", pointer, restype=ctypes.c_int)
         self.reg_read = bind("uc_reg_read", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
@@ -104,7 +109,7 @@ class CpuState:
         # the block and runs that instruction a second time: `lock inc` would count twice. With
         # uc_struct.no_exit_request set only the check at the start of a block remains, which is exact. The field
         # is the operand of the first compare in check_exit_request.
-        code = ctypes.string_at(ctypes.cast(self.lib.check_exit_request_x86_64, ctypes.c_void_p).value or 0, 24)
+        code = ctypes.string_at(self._symbol("check_exit_request_x86_64"), 24)
         at = code.find(b"\x80\xbe")  # cmp byte ptr [rsi + disp32], imm8
         if at < 0 or code[at + 6] != 0:
             raise self._surprise("check_exit_request looks different")
@@ -179,6 +184,24 @@ class CpuState:
         """Byte offset of a field in a segment's cache: 0 selector, 8 base, 16 limit, 20 flags."""
         return SEGMENTS + which * SEGMENT_SIZE + field
 
+    def general_protection_stub(self) -> int:
+        """Address of native code that raises #GP(0) at the instruction being executed; a callback for any hook.
+
+        Unicorn lets port I/O through at any privilege and calls its hooks instead. They can't refuse: raising an
+        exception leaves the translated code by longjmp, which must not cross Python's frames. Hence machine code:
+        raise_exception_err_ra(env, 13, 0, 0). The CPU state is exact there, since Unicorn restores it for hooks.
+        """
+        raise_exception = self._symbol("raise_exception_err_ra_x86_64")
+        code = (
+            b"\x48\xbf" + struct.pack("<Q", self.env)  # mov rdi, env
+            + b"\xbe\x0d\x00\x00\x00\x31\xd2\x31\xc9"  # mov esi, 13; xor edx, edx; xor ecx, ecx
+            + b"\x48\xb8" + struct.pack("<Q", raise_exception)  # mov rax, raise_exception_err_ra
+            + b"\x48\x83\xe4\xf0\xff\xd0"  # and rsp, -16; call rax
+        )  # fmt: skip
+        self._stub = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._stub[: len(code)] = code
+        return ctypes.addressof(ctypes.c_uint8.from_buffer(self._stub))
+
     # -- running a few bytes before there is a guest ---------------------------------------------------------------
 
     def _reg(self, register: int) -> int:
@@ -186,7 +209,9 @@ class CpuState:
 
     def _snippet(self, code: bytes, rax: int = 0, rcx: int = 0) -> None:
         self._memory[_PROBE_PAGE : _PROBE_PAGE + len(code)] = code
-        self._uc.ctl_remove_cache(_PROBE_PAGE, _PROBE_PAGE + 64)
+        # Not ctl_remove_cache, which takes a virtual address. That this works is seen in that each snippet runs,
+        # and not the one before it at the same place.
+        self.invalidate_range(self.handle, _PROBE_PAGE, _PROBE_PAGE + 64)
         self._uc.reg_write(x86.UC_X86_REG_RAX, rax)
         self._uc.reg_write(x86.UC_X86_REG_RCX, rcx)
         self._uc.emu_start(_PROBE_PAGE, _PROBE_PAGE + len(code))

@@ -260,6 +260,7 @@ def _start(guest: PvGuest, image: KernelImage, layout: Layout, root: int) -> Non
     engine, regs = guest.engine, guest.engine.regs
     guest.tables.get_type(root, PGT_L4)  # the vCPU's own reference, besides the pin
     cpu.kernel_root = root
+    guest.fill_ro_mpt(root)
     cpu.load_root()
     engine.set_gdt(descriptors.DescriptorWindow.gdt_base(0), descriptors.GDT_LIMIT)
     engine.set_ldt(0, 0)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from pvirq.abi.arch_x86 import TRAP_INFO, TRAP_INFO_SIZE, VGCF_in_kernel, VGCF_syscall_disables_events
+from pvirq.abi.arch_x86 import (
+    FIRST_RESERVED_GDT_ENTRY,
+    HYPERVISOR_VIRT_END,
+    TRAP_INFO,
+    TRAP_INFO_SIZE,
+    VGCF_failsafe_disables_events,
+    VGCF_in_kernel,
+    VGCF_online,
+    VGCF_syscall_disables_events,
+)
 from pvirq.abi.errno import Errno, XenError
-from pvirq.engine.protocol import FLAG_IF, RIP, RSP
+from pvirq.engine.protocol import FLAG_IF, FLAG_IOPL, RIP, RSP
 from pvirq.pv import descriptors
 from pvirq.xen.memory import PGT_L4
 
@@ -33,49 +42,69 @@ USER_REGS_ORDER: Final = (15, 14, 13, 12, 5, 3, 11, 10, 9, 8, 0, 1, 2, 6, 7)
 def initialise(target: PvVcpu, context: bytes) -> None:
     """Give a vCPU that has none its first state (arch_set_info_guest). XenError(EINVAL) for one that isn't allowed."""
     guest = target.guest
+    (flags,) = struct.unpack_from("<Q", context, FLAGS)
     ldt_base, ldt_entries = struct.unpack_from("<QQ", context, LDT)
     (entries,) = struct.unpack_from("<Q", context, GDT_ENTS)
+    kernel_ss, kernel_sp = struct.unpack_from("<QQ", context, KERNEL_STACK)
     ctrlreg = struct.unpack_from("<8Q", context, CTRLREG)
     bases = struct.unpack_from("<3Q", context, BASES)
     callbacks = struct.unpack_from("<3Q", context, CALLBACKS)
-    addresses = (*bases, *callbacks)
+    (rip,) = struct.unpack_from("<Q", context, USER_REGS + 128)
+    (rsp,) = struct.unpack_from("<Q", context, USER_REGS + 152)
+    traps = [struct.unpack_from(TRAP_INFO, context, TRAP_CTXT + vector * TRAP_INFO_SIZE) for vector in range(256)]
+    addresses = [rip, rsp, kernel_sp, *bases, *callbacks, *(address for _, _, _, address in traps)]
+    if ldt_entries:
+        addresses.append(ldt_base)
     if any(1 << 47 <= va < (1 << 64) - (1 << 47) for va in addresses):
         raise XenError(Errno.EINVAL, "an address that isn't canonical")
-    if entries > 14 * 512 or ldt_entries > 8192:
-        raise XenError(Errno.EINVAL, "descriptor tables too long")
-    frames = list(struct.unpack_from(f"<{-(-entries // 512)}Q", context, GDT_FRAMES))
-    descriptors.set_gdt(target, frames, entries)
-    root = ctrlreg[3] >> 12
-    guest.tables.get_type(root, PGT_L4)
-    target.kernel_root = root
-    if ctrlreg[1]:
-        guest.tables.get_type(ctrlreg[1] >> 12, PGT_L4)
-        target.user_root = ctrlreg[1] >> 12
-    (flags,) = struct.unpack_from("<Q", context, FLAGS)
+    if 1 << 47 <= ldt_base < HYPERVISOR_VIRT_END or ldt_base & 0xFFF or ldt_entries > 8192:
+        raise XenError(Errno.EINVAL, f"LDT of {ldt_entries} entries at {ldt_base:#x}")
+    if entries > FIRST_RESERVED_GDT_ENTRY:
+        raise XenError(Errno.EINVAL, f"GDT of {entries} entries")
+    if not flags & VGCF_in_kernel and not ctrlreg[1]:
+        raise XenError(Errno.EINVAL, "user mode without user page tables")
+    descriptors.set_gdt(target, list(struct.unpack_from(f"<{-(-entries // 512)}Q", context, GDT_FRAMES)), entries)
+    kernel_root, user_root = ctrlreg[3] >> 12, ctrlreg[1] >> 12
+    try:
+        guest.tables.get_type(kernel_root, PGT_L4)
+        if ctrlreg[1]:
+            try:
+                guest.tables.get_type(user_root, PGT_L4)
+            except XenError:
+                guest.tables.put_type(kernel_root)
+                raise
+    except XenError:
+        descriptors.set_gdt(target, [], 0)
+        raise
+    guest.fill_ro_mpt(kernel_root)
+    target.kernel_root, target.user_root = kernel_root, user_root
     target.user_mode = not flags & VGCF_in_kernel
     target.syscall_masks_events = bool(flags & VGCF_syscall_disables_events)
-    for vector in range(256):
-        _, trap_flags, cs, address = struct.unpack_from(TRAP_INFO, context, TRAP_CTXT + vector * TRAP_INFO_SIZE)
-        target.traps[vector] = (address, cs | 3, trap_flags)
-    target.kernel_ss, target.kernel_sp = struct.unpack_from("<QQ", context, KERNEL_STACK)
+    target.failsafe_masks_events = bool(flags & VGCF_failsafe_disables_events)
+    target.traps[:] = [(address, cs | 3, trap_flags) for _, trap_flags, cs, address in traps]
+    target.kernel_ss, target.kernel_sp = kernel_ss | 3, kernel_sp
     target.event_callback, target.failsafe_callback, target.syscall_callback = callbacks
     target.initialised = True
+    target.vcpu.up = bool(flags & VGCF_online)
     with guest.loaded(target):
+        descriptors.set_ldt(target, ldt_base if ldt_entries else 0, ldt_entries)
         _load_registers(target, context, bases)
-        descriptors.set_ldt(target, ldt_base, ldt_entries)
 
 
 def _load_registers(target: PvVcpu, context: bytes, bases: tuple[int, int, int]) -> None:
     engine, regs = target.engine, target.regs
     for number, value in zip(USER_REGS_ORDER, struct.unpack_from("<15Q", context, USER_REGS), strict=True):
         regs[number] = value
-    (regs[RIP],) = struct.unpack_from("<Q", context, USER_REGS + 128)
-    rflags, regs[RSP] = struct.unpack_from("<QQ", context, USER_REGS + 144)
-    target.domain.machine.mem[target.vcpu.info + 1] = 0 if rflags & FLAG_IF else 1
+    regs[RIP], cs = struct.unpack_from("<QH", context, USER_REGS + 128)
+    rflags, regs[RSP], ss = struct.unpack_from("<QQH", context, USER_REGS + 144)
+    es, ds, fs, gs = struct.unpack_from("<HxxxxxxHxxxxxxHxxxxxxH", context, USER_REGS + 168)
+    target.iopl = rflags & FLAG_IOPL
     engine.set_gdt(descriptors.DescriptorWindow.gdt_base(target.vcpu.vcpu_id), descriptors.GDT_LIMIT)
-    engine.set_code_stack(0xE033, descriptors.CODE64, 0xE02B, descriptors.DATA)
-    engine.fs_base, kernel_gs, user_gs = bases[0], bases[1], bases[2]
+    target.load_root()
+    descriptors.load_code_stack(target, cs | 3, ss | 3)
+    for which, selector in ((0, es), (3, ds), (4, fs), (5, gs)):
+        engine.set_segment(which, selector, 0)  # loaded for good when the vCPU first runs
+    engine.fs_base, kernel_gs, user_gs = bases
     engine.gs_base = user_gs if target.user_mode else kernel_gs
     target.inactive_gs_base = kernel_gs if target.user_mode else user_gs
-    target.load_root()
-    engine.rflags = rflags & 0xFFFF | FLAG_IF
+    engine.rflags = rflags & 0xFFFF & ~FLAG_IOPL | FLAG_IF

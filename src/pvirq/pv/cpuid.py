@@ -26,14 +26,13 @@ def _bits(*numbers: int) -> int:
 # Leaf 1 ECX: DTES64/MONITOR, VMX, SMX, PCID, x2APIC, TSC deadline, XSAVE and what needs it (FMA, AVX, F16C), RDRAND.
 LEAF1_ECX_HIDDEN: Final = _bits(2, 3, 5, 6, 12, 17, 21, 24, 26, 27, 28, 29, 30)
 HYPERVISOR_BIT: Final = 1 << 31
-# Leaf 1 EDX: VME, PSE, MCE, APIC, MTRR, PGE, MCA, PSE36, DS, ACPI. None of it is the guest's.
-LEAF1_EDX_HIDDEN: Final = _bits(1, 3, 7, 9, 12, 13, 14, 17, 21, 22)
+# Leaf 1 EDX: VME, PSE, MCE, SYSENTER, MTRR, PGE, MCA, PSE36, DS, ACPI. None of it is the guest's. (The APIC is shown.)
+LEAF1_EDX_HIDDEN: Final = _bits(1, 3, 7, 11, 12, 13, 14, 17, 21, 22)
 # Leaf 7 EBX: only instructions that need no state or control register: BMI1, BMI2, ERMS, ADX.
 LEAF7_EBX_SHOWN: Final = _bits(3, 8, 9, 19)
-# Extended leaf 1: SVM, extended APIC space, IBS, SKINIT; and, repeated, the EDX bits of leaf 1, with 1 GiB pages
-# and RDTSCP.
+# Extended leaf 1: SVM, extended APIC space, IBS, SKINIT; and, repeated, the EDX bits of leaf 1, with 1 GiB pages.
 EXTENDED1_ECX_HIDDEN: Final = _bits(2, 3, 10, 12)
-EXTENDED1_EDX_HIDDEN: Final = _bits(1, 3, 7, 9, 12, 13, 14, 17, 25, 26, 27)
+EXTENDED1_EDX_HIDDEN: Final = _bits(1, 3, 7, 12, 13, 14, 17, 25, 26)
 
 
 def guest_cpuid(native: Callable[[int, int], CpuidLeaf], clock: Clock, leaf: int, subleaf: int) -> CpuidLeaf:

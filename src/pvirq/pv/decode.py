@@ -12,13 +12,15 @@ from typing import Final
 LEGACY_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 
 # Opcodes (0x0Fxx for two bytes) with a ModRM byte, and how many bytes of immediate follow (-1: operand size, up to 4).
-_BYTE_OPERAND: Final = frozenset([0x88, 0x86, 0xC6, 0x80, 0xAA, 0x0FB0, 0x0FC0, *(op << 3 for op in range(7))])
+_BYTE_OPERAND: Final = frozenset(
+    [0x88, 0x86, 0xC6, 0x80, 0xA4, 0xAA, 0xFE, 0x0FB0, 0x0FC0, *(op << 3 for op in range(7))]
+)
 _MODRM: Final = {
     **{op << 3 | low: 0 for op in range(7) for low in (0, 1)},
-    0x80: 1, 0x81: -1, 0x83: 1, 0x86: 0, 0x87: 0, 0x88: 0, 0x89: 0, 0xC6: 1, 0xC7: -1,
-    0x0FAB: 0, 0x0FB0: 0, 0x0FB1: 0, 0x0FB3: 0, 0x0FBA: 1, 0x0FBB: 0, 0x0FC0: 0, 0x0FC1: 0, 0x0FC7: 0,
+    0x80: 1, 0x81: -1, 0x83: 1, 0x86: 0, 0x87: 0, 0x88: 0, 0x89: 0, 0x8F: 0, 0xC6: 1, 0xC7: -1, 0xFE: 0, 0xFF: 0,
+    0x0FAB: 0, 0x0FB0: 0, 0x0FB1: 0, 0x0FB3: 0, 0x0FBA: 1, 0x0FBB: 0, 0x0FC0: 0, 0x0FC1: 0, 0x0FC3: 0, 0x0FC7: 0,
 }  # fmt: skip
-_NO_MODRM: Final = frozenset([0xAA, 0xAB])
+_NO_MODRM: Final = frozenset([0xA4, 0xA5, 0xAA, 0xAB])
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ def _decode(code: bytes) -> Instruction | None:
         opcode = 0x0F00 | code[i]
         i += 1
     size = 1 if opcode in _BYTE_OPERAND else 8 if rex & 8 else 2 if small else 4
-    if opcode == 0x0FC7:
+    if opcode == 0x0FC7 or (opcode == 0x8F and not small):
         size = 8
     if opcode in _NO_MODRM:
         return Instruction(opcode, i, size, 0, 0, bool(rex), bool(rex & 8), repeated)

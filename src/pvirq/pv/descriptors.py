@@ -29,6 +29,8 @@ DATA: Final = 0x00CF_F300_0000_FFFF
 PERDOMAIN_VIRT_START: Final = 0xFFFF_8200_0000_0000  # level-4 slot 260
 WINDOW_PAGES: Final = 32
 LDT_PAGE: Final = 16  # first page of the LDT in a vCPU's window
+WINDOW_BYTES: Final = WINDOW_PAGES * PAGE_SIZE
+LDT_OFFSET: Final = LDT_PAGE * PAGE_SIZE
 MAPPING: Final = 0x63  # present, writable, accessed, dirty; not for user code
 
 # In the upper half of a descriptor.
@@ -134,14 +136,13 @@ def set_gdt(cpu: PvVcpu, frames: list[int], entries: int) -> None:
 
 def drop_ldt(cpu: PvVcpu) -> bool:
     """Unmap the LDT's pages (pv_destroy_ldt). True where there were any, and the TLB must be flushed."""
-    window, vcpu, any_mapped = cpu.guest.window, cpu.vcpu.vcpu_id, False
-    for page in range(LDT_PAGE, WINDOW_PAGES):
-        mfn = window.get(vcpu, page)
-        if mfn is not None:
-            window.set(vcpu, page, None)
-            cpu.tables.put_type(mfn)
-            any_mapped = True
-    return any_mapped
+    if not cpu.ldt_pages:
+        return False
+    for page, mfn in cpu.ldt_pages.items():
+        cpu.guest.window.set(cpu.vcpu.vcpu_id, page, None)
+        cpu.tables.put_type(mfn)
+    cpu.ldt_pages.clear()
+    return True
 
 
 def set_ldt(cpu: PvVcpu, base: int, entries: int) -> None:
@@ -152,14 +153,14 @@ def set_ldt(cpu: PvVcpu, base: int, entries: int) -> None:
     cpu.engine.set_ldt(DescriptorWindow.ldt_base(cpu.vcpu.vcpu_id), entries * 8 - 1 if entries else 0)
 
 
-def map_ldt_page(cpu: PvVcpu, va: int) -> bool:
-    """The CPU faulted on the LDT window: map the guest's page there (pv_map_ldt_shadow_page). True to retry."""
+def map_ldt_page(cpu: PvVcpu, offset: int) -> bool:
+    """The CPU faulted `offset` bytes into the LDT: map the guest's page there (pv_map_ldt_shadow_page).
+
+    True to retry; False where the page can't hold descriptors, or is mapped already.
+    """
     base, entries = cpu.ldt
-    offset = va - DescriptorWindow.ldt_base(cpu.vcpu.vcpu_id)
-    if not 0 <= offset < entries * 8:
-        return False
     page = LDT_PAGE + offset // PAGE_SIZE
-    if cpu.guest.window.get(cpu.vcpu.vcpu_id, page) is not None:
+    if offset >= entries * 8 or page in cpu.ldt_pages:
         return False
     try:
         mfn = cpu.translate(base + (offset & ~0xFFF)) >> 12
@@ -167,7 +168,8 @@ def map_ldt_page(cpu: PvVcpu, va: int) -> bool:
     except XenError:
         return False
     cpu.guest.window.set(cpu.vcpu.vcpu_id, page, mfn)
-    cpu.engine.flush_page(va)
+    cpu.ldt_pages[page] = mfn
+    cpu.engine.flush_page(DescriptorWindow.ldt_base(cpu.vcpu.vcpu_id) + (offset & ~0xFFF))
     return True
 
 
@@ -203,6 +205,22 @@ def load_code_stack(cpu: PvVcpu, cs: int, ss: int) -> int | None:
     else:
         cpu.engine.set_code_stack(cs, CODE64, ss, DATA)
     return bad
+
+
+def reload_data_segments(cpu: PvVcpu) -> bool:
+    """Load ES, DS, FS and GS again, as at a context switch, bases of FS and GS apart. False where one can't be."""
+    engine, okay = cpu.engine, True
+    bases = engine.fs_base, engine.gs_base
+    for which in (0, 3, 4, 5):
+        selector = engine.segment(which)
+        if selector <= 3:
+            continue
+        descriptor = descriptor_of(cpu, selector)
+        if descriptor is None or not descriptor >> 32 & SEGMENT_P or not descriptor >> 32 & SEGMENT_S:
+            okay, selector, descriptor = False, 0, 0
+        engine.set_segment(which, selector, descriptor)
+    engine.fs_base, engine.gs_base = bases
+    return okay
 
 
 def load_gs(cpu: PvVcpu, selector: int) -> int:

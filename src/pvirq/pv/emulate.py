@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.arch_x86 import VMASST_TYPE_architectural_iopl
 from pvirq.abi.errno import XenError
-from pvirq.engine.protocol import FLAG_DF, RAX, RBX, RCX, RDI, RDX, RSI, TRAP_GP
+from pvirq.engine.protocol import FLAG_DF, RAX, RBX, RCX, RDI, RDX, RSI, TRAP_GP, TRAP_UD
 from pvirq.pv.decode import prefixes
 from pvirq.pv.msr import read_msr, write_msr
 from pvirq.pv.writable_pagetable import write_register
@@ -24,22 +24,32 @@ CR0_TS: Final = 1 << 3
 CR0_GUEST: Final = 0x80050033  # PG AM WP NE ET MP PE: what Xen itself runs with, and the guest reads
 CR4_GUEST_WRITABLE: Final = 1 << 2 | 1 << 3  # TSD, DE
 CR4_GUEST_SHOWN: Final = 0x660  # PAE MCE OSFXSR OSXMMEXCPT
+PCI_CONFIG_ADDRESS: Final = 0xCF8
+RTC_INDEX: Final = 0x70
 LONGEST_STRING: Final = 4096  # elements of one REP INS/OUTS before the guest gets its turn again
+RDPMC: Final = b"\x0f\x33"
 FORCED_CPUID: Final = b"\x0f\x0bxen\x0f\xa2"
 CLI, STI = 0xFA, 0xFB
+ONE_BYTE_IO: Final = frozenset((0xEC, 0xED, 0xEE, 0xEF))
 
 
-def forced_cpuid(cpu: PvVcpu, rip: int) -> int | None:
-    """`ud2a; .ascii "xen"; cpuid`: CPUID as Xen answers it. The next RIP; None for any other invalid opcode."""
+def invalid_opcode(cpu: PvVcpu, rip: int) -> int:
+    """#UD: the guest's own, unless it is a call for Xen's CPUID, or an instruction that the engine lacks.
+
+    `ud2a; .ascii "xen"; cpuid` is CPUID as Xen answers it (emulate_forced_invalid_op).
+    """
     try:
-        if cpu.read(rip, len(FORCED_CPUID)) != FORCED_CPUID:
-            return None
+        code = cpu.read(rip, len(RDPMC))
+        if code == RDPMC:
+            return cpu.inject(TRAP_GP, rip)  # no guest has CR4.PCE
+        if code == FORCED_CPUID[:2] and cpu.read(rip, len(FORCED_CPUID)) == FORCED_CPUID:
+            regs = cpu.regs
+            leaf = cpu.cpuid(regs[RAX] & M32, regs[RCX] & M32)
+            regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
+            return rip + len(FORCED_CPUID) & M64
     except XenError:
-        return None
-    regs = cpu.regs
-    leaf = cpu.cpuid(regs[RAX] & M32, regs[RCX] & M32)
-    regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
-    return rip + len(FORCED_CPUID) & M64
+        pass
+    return cpu.inject(TRAP_UD, rip)
 
 
 def iopl_ok(cpu: PvVcpu) -> bool:
@@ -54,13 +64,14 @@ def iopl_ok(cpu: PvVcpu) -> bool:
 def privileged(cpu: PvVcpu, rip: int) -> int | None:
     """Emulate the instruction at `rip` that raised #GP(0). Where to go on, or None: the #GP is the guest's."""
     try:
-        code = cpu.read(rip, min(15, 0x1000 - (rip & 0xFFF)))
-        if len(code) < 15:
-            code += cpu.read(rip + len(code), 15 - len(code))
+        first = cpu.domain.machine.mem[cpu.translate(rip)]
+        if first in ONE_BYTE_IO:  # by far the most frequent: drivers that poll a port
+            return _one_byte_io(cpu, rip, first)
+        room = 0x1000 - (rip & 0xFFF)
+        code = cpu.read(rip, min(15, room))
+        if room < 15:
+            code += cpu.read(rip + room, 15 - room)
     except XenError:
-        if (0x1000 - (rip & 0xFFF)) >= 15:
-            return None
-    if not code:
         return None
     i, rex, small, repeated = prefixes(code)
     if i >= len(code) - 3:
@@ -217,9 +228,37 @@ def _io_okay(cpu: PvVcpu, port: int, size: int) -> bool:
     return not bits >> (port & 7) & ((1 << size) - 1)
 
 
-def _port_read(_cpu: PvVcpu, _port: int, size: int) -> int:
-    """No guest here owns a port: all ones (guest_io_read)."""
-    return (1 << size * 8) - 1
+def _port_read(cpu: PvVcpu, port: int, size: int) -> int:
+    """No guest here owns a port, so all ones but where Xen remembers what was written (guest_io_read)."""
+    if port == PCI_CONFIG_ADDRESS and size == 4:
+        return cpu.pci_cf8
+    value = (1 << size * 8) - 1
+    return value & ~0xFF | cpu.cmos_index if port == RTC_INDEX else value
+
+
+def _port_write(cpu: PvVcpu, port: int, size: int, value: int) -> None:
+    """guest_io_write: two index registers are each guest's own, all else goes nowhere."""
+    if port == PCI_CONFIG_ADDRESS and size == 4:
+        cpu.pci_cf8 = value & M32
+    elif port == RTC_INDEX:
+        cpu.cmos_index = value & 0x7F
+
+
+def _in_or_out(cpu: PvVcpu, opcode: int, port: int, size: int) -> None:
+    if opcode & 2:
+        _port_write(cpu, port, size, cpu.regs[RAX])
+    else:
+        write_register(cpu.regs, RAX, size, _port_read(cpu, port, size))
+
+
+def _one_byte_io(cpu: PvVcpu, rip: int, opcode: int) -> int | None:
+    """IN and OUT of a byte or 32 bits, port in DX, without a prefix."""
+    size = 4 if opcode & 1 else 1
+    port = cpu.regs[RDX] & 0xFFFF
+    if not _io_okay(cpu, port, size):
+        return None
+    _in_or_out(cpu, opcode, port, size)
+    return rip + 1 & M64
 
 
 def _port_io(cpu: PvVcpu, rip: int, code: bytes, i: int, small: bool) -> int | None:
@@ -231,8 +270,7 @@ def _port_io(cpu: PvVcpu, rip: int, code: bytes, i: int, small: bool) -> int | N
         port, length = code[i + 1], i + 2
     if not _io_okay(cpu, port, size):
         return None
-    if not opcode & 2:
-        write_register(cpu.regs, RAX, size, _port_read(cpu, port, size))
+    _in_or_out(cpu, opcode, port, size)
     return rip + length & M64
 
 

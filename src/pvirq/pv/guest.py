@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from pvirq.abi import vcpu as vcpu_abi
-from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START
+from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START, VMASST_TYPE_m2p_strict
 from pvirq.abi.errno import XenError
 from pvirq.abi.memory import E820_RAM
 from pvirq.abi.sched import SHUTDOWN_crash
@@ -17,8 +17,9 @@ from pvirq.engine import open_engine
 from pvirq.engine.protocol import RIP
 from pvirq.pv import descriptors
 from pvirq.pv.hypercalls import HYPERCALLS
+from pvirq.pv.hypercalls.protocol import GuestCrash
 from pvirq.pv.pagetable import ACCESSED, ADDRESS, DIRTY, GUEST_KERNEL, NX, PSE, USER, XEN_SLOTS, PageTables
-from pvirq.pv.vcpu import GuestCrash, PvVcpu
+from pvirq.pv.vcpu import PvVcpu
 from pvirq.xen.domain import Domain, Vcpu
 from pvirq.xen.grant import GrantTable
 from pvirq.xen.memory import PGT_L4, PGT_WRITABLE
@@ -81,7 +82,7 @@ class PvGuest:
         for i in range(-(-table_bytes // (2 << 20))):
             machine.u64[(first << 9) + i] = (machine.m2p_mfn + i * 512) << PAGE_SHIFT | M2P_LARGE_PAGE
         slots = [0] * len(XEN_SLOTS)
-        slots[M2P_SLOT - XEN_SLOTS.start] = level3 << PAGE_SHIFT | M2P_TABLE
+        self._m2p_entry = level3 << PAGE_SHIFT | M2P_TABLE  # see fill_ro_mpt
         slots[PERDOMAIN_SLOT - XEN_SLOTS.start] = self.window.l4_entry
         return slots
 
@@ -137,12 +138,18 @@ class PvGuest:
     def _flush_tlb(self) -> None:
         self.current.flush_tlb()
 
+    def fill_ro_mpt(self, root: int) -> None:
+        """Show the machine-to-phys table in a root that the kernel uses; not before, and not with m2p_strict."""
+        if not self.assists & 1 << VMASST_TYPE_m2p_strict:
+            self.domain.machine.u64[(root << 9) + M2P_SLOT] = self._m2p_entry
+
     def new_kernel_root(self, cpu: PvVcpu, mfn: int) -> None:
         """MMUEXT_NEW_BASEPTR and MOV to CR3 (new_guest_cr3). XenError(EINVAL) for what can't be a root."""
         old = cpu.kernel_root
         if old != mfn:
             self.tables.get_type(mfn, PGT_L4)
             cpu.kernel_root = mfn
+            self.fill_ro_mpt(mfn)
         descriptors.drop_ldt(cpu)
         cpu.load_root()
         if old != mfn:
@@ -155,6 +162,8 @@ class PvGuest:
             return
         if mfn:
             self.tables.get_type(mfn, PGT_L4)
+            if self.assists & 1 << VMASST_TYPE_m2p_strict:
+                self.domain.machine.u64[(mfn << 9) + M2P_SLOT] = 0
         cpu.user_root = mfn
         if old:
             self.tables.put_type(old)
@@ -209,18 +218,25 @@ class PvGuest:
         A guest that can't go on is shut down with SHUTDOWN_crash, and `crash` says why.
         """
         cpu = self.cpus[vcpu.vcpu_id]
-        self._load(cpu)
         engine = self.engine
         engine.stop_at = until_ticks
+        switched = cpu is not self.current
+        self._load(cpu)
         self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
         try:
+            if switched:
+                cpu.reload_segments()
             engine.regs[RIP] = cpu.deliver_events(engine.regs[RIP])
             engine.run()
         except GuestCrash as crash:
             self.crash = str(crash)
             self.domain.shutdown(SHUTDOWN_crash)
-        asleep = vcpu.blocked or vcpu.polling
-        self._change_runstate(cpu, vcpu_abi.RUNSTATE_blocked if asleep else vcpu_abi.RUNSTATE_runnable)
+        if not vcpu.up:
+            self._change_runstate(cpu, vcpu_abi.RUNSTATE_offline)
+        elif vcpu.blocked or vcpu.polling:
+            self._change_runstate(cpu, vcpu_abi.RUNSTATE_blocked)
+        else:
+            self._change_runstate(cpu, vcpu_abi.RUNSTATE_runnable)
 
     def close(self) -> None:
         """Free the engine and Xen's frames; the domain itself is the hypervisor's to destroy."""

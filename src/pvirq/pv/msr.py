@@ -21,6 +21,11 @@ MSR_SHADOW_GS_BASE: Final = 0xC0000102
 MSR_INTEL_PLATFORM_INFO: Final = 0xCE
 MSR_INTEL_MISC_FEATURES_ENABLES: Final = 0x140
 MSR_MISC_ENABLE: Final = 0x1A0
+MSR_TSC_AUX: Final = 0xC0000103
+MSR_P5_MC: Final = (0, 1)
+MSR_MCG_CAP: Final = 0x179
+MSR_MCG_STATUS: Final = 0x17A
+MSR_MC_BANKS: Final = range(0x400, 0x408)  # of the two banks that Xen gives every guest
 MSR_HYPERVISOR_BASE: Final = 0x40000000
 
 EFER_GUEST: Final = 0xD01  # NXE LMA LME SCE
@@ -64,6 +69,12 @@ def read_msr(cpu: PvVcpu, number: int) -> int | None:
         return 0
     if number == MSR_EFER:
         return EFER_GUEST
+    if number == MSR_TSC_AUX:
+        return engine.tsc_aux
+    if number == MSR_MCG_CAP:
+        return len(MSR_MC_BANKS) // 4
+    if number in MSR_P5_MC or number == MSR_MCG_STATUS or number in MSR_MC_BANKS or number == MSR_HYPERVISOR_BASE:
+        return 0
     return None
 
 
@@ -87,6 +98,13 @@ def write_msr(cpu: PvVcpu, number: int, value: int) -> bool:
     if number == MSR_INTEL_MISC_FEATURES_ENABLES:
         return value == 0
     if number == MSR_IA32_UCODE_REV:
+        return True
+    if number == MSR_TSC_AUX:
+        if value >> 32:
+            return False
+        engine.tsc_aux = value
+        return True
+    if number in (MSR_MCG_CAP, MSR_MCG_STATUS) or number in MSR_MC_BANKS:
         return True
     if number == MSR_HYPERVISOR_BASE:
         return cpu.guest.write_hypercall_page(value)

@@ -35,9 +35,10 @@ DISALLOW: Final = FLAGS & ~(PRESENT | RW | USER | ACCESSED | DIRTY | AVAIL | AVA
 L1_DISALLOW: Final = DISALLOW & ~GLOBAL
 CACHE_ATTRIBUTES: Final = PAT | PCD | PWT
 
-# Entries that differ in these alone need no new look at what they point at (FASTPATH_*_WHITELIST).
-FAST_L1: Final = NX | AVAIL_HIGH | AVAIL | GLOBAL | DIRTY | ACCESSED | USER | CACHE_ATTRIBUTES
-FAST_TABLE: Final = FAST_L1 | RW
+# Entries that differ in these alone need no new look at what they point at (FASTPATH_FLAG_WHITELIST). RW is not
+# among them even above level 1: a linear page table must stay read-only (XSA-182).
+FAST_TABLE: Final = NX | AVAIL_HIGH | AVAIL | GLOBAL | DIRTY | ACCESSED | USER
+FAST_L1: Final = FAST_TABLE | CACHE_ATTRIBUTES
 
 # The level-4 slots that are Xen's: 0xffff800000000000 to 0xffff87ffffffffff.
 XEN_SLOTS: Final = range(256, 272)
@@ -76,6 +77,9 @@ class PageTables:
         self._l1_disallow = L1_DISALLOW if not domain.privileged else L1_DISALLOW & ~CACHE_ATTRIBUTES
         # Frames whose last writable mapping went away since the TLB was flushed: it may still hold that mapping.
         self.stale: set[int] = set()
+        # struct page_info's linear_pt_count: above zero the linear entries that a table has, below zero its uses by
+        # those of others. No table has both, or two could keep each other alive.
+        self._linear: dict[int, int] = {}
 
     # -- references ------------------------------------------------------------------------------------------------
 
@@ -119,24 +123,29 @@ class PageTables:
             if kind == PGT_WRITABLE:
                 self.stale.add(mfn)
             elif PGT_L1 <= kind <= PGT_L4:
+                self._refs[mfn] += 1  # a level-1 table below may hold the last mapping of this very frame
                 self._demote(mfn, kind)
+                self._refs[mfn] -= 1
             if not self._refs[mfn]:
                 self._unused(mfn)
 
     def _unused(self, mfn: int) -> None:
         """A frame that the guest gave back (XENMEM_decrease_reservation) while it was still mapped goes now."""
         if self._pinned[mfn] & ABANDONED and not self._count[mfn]:
-            self.stale.discard(mfn)
-            self._machine.free(mfn)
+            self._free(mfn)
+
+    def _free(self, mfn: int) -> None:
+        # Or the CPU could go on using, by a translation that it remembers, what is somebody else's by then.
+        self._flush()
+        self.stale.discard(mfn)
+        self._machine.free(mfn)
 
     def release(self, mfn: int) -> None:
         """The guest gives a frame of its own back: at once, or with its last reference (guest_remove_page)."""
         if self._refs[mfn] or self._count[mfn] or self._pinned[mfn]:
             self._pinned[mfn] |= ABANDONED
         else:
-            if mfn in self.stale:
-                self._flush()  # or the CPU could go on writing what is somebody else's by then
-            self._machine.free(mfn)
+            self._free(mfn)
 
     def pin(self, mfn: int, kind: int) -> None:
         """MMUEXT_PIN_L<n>_TABLE. XenError(EINVAL) where the frame can't be that, or is pinned."""
@@ -247,12 +256,27 @@ class PageTables:
                 return
             if not self.owns(target) or self._type[target] != level or not self._count[target]:
                 raise
+            if self._linear.get(table, 0) < 0 or self._linear.get(target, 0) > 0:
+                raise
+            self._count_linear(table, 1)
+            self._count_linear(target, -1)
             self._count[target] += 1
 
     def _put_table_entry(self, entry: int, table: int) -> None:
         target = (entry & ADDRESS) >> 12
-        if target != table:
-            self.put_type(target)
+        if target == table:
+            return
+        if self._type[target] == self._type[table]:
+            self._count_linear(table, -1)
+            self._count_linear(target, 1)
+        self.put_type(target)
+
+    def _count_linear(self, mfn: int, change: int) -> None:
+        count = self._linear.get(mfn, 0) + change
+        if count:
+            self._linear[mfn] = count
+        else:
+            del self._linear[mfn]
 
     def _not_ours(self, mfn: int, entry: int) -> XenError:
         if mfn >= self._frames:  # no RAM there: I/O memory, which no guest here has

@@ -29,7 +29,6 @@ from pvirq.abi.vcpu import RUNSTATE_offline
 from pvirq.abi.xen import HYPERVISOR_iret
 from pvirq.engine.protocol import (
     FLAG_AC,
-    FLAG_DF,
     FLAG_IF,
     FLAG_IOPL,
     FLAG_NT,
@@ -44,6 +43,7 @@ from pvirq.engine.protocol import (
     RCX,
     RDI,
     RDX,
+    RIP,
     RSI,
     RSP,
     TRAP_BP,
@@ -56,6 +56,7 @@ from pvirq.engine.protocol import (
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
 from pvirq.pv.cpuid import guest_cpuid
+from pvirq.pv.hypercalls.protocol import GuestCrash
 from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW
 from pvirq.xen.domain import Vcpu
 
@@ -73,12 +74,10 @@ FLAGS_CLEARED_ON_TRAP: Final = FLAG_AC | FLAG_VM | FLAG_RF | FLAG_NT | FLAG_TF
 PFEC_PRESENT, PFEC_WRITE, PFEC_USER, PFEC_RESERVED, PFEC_FETCH = 1, 2, 4, 8, 16
 
 SYSCALL_LENGTH: Final = 2
+DR6_SINGLE_STEP: Final = 1 << 14
+DIRECTMAP_VIRT_START: Final = 0xFFFF_8300_0000_0000
 
 NO_TRAP: Final = (0, 0, 0)
-
-
-class GuestCrash(Exception):
-    """The guest did what Xen answers with domain_crash: no way to enter its kernel is left."""
 
 
 class PvVcpu:
@@ -119,9 +118,13 @@ class PvVcpu:
         self.iopl = 0
         self.io_bitmap = (0, 0)  # guest address, number of ports
         self.debug_registers = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
+        self._step_to_skip: int | None = None
+        self.pci_cf8 = 0
+        self.cmos_index = 0
         self.gdt_frames: list[int] = []
         self.gdt_entries = 0
         self.ldt = (0, 0)  # guest address, entries
+        self.ldt_pages: dict[int, int] = {}  # page of the window -> mfn mapped there
         self.runstate_area = 0
         self.time_area = 0
         self.initialised = False
@@ -281,6 +284,18 @@ class PvVcpu:
         engine.rflags = rflags & ~FLAGS_CLEARED_ON_TRAP | FLAG_IF
         return target
 
+    def reload_segments(self) -> None:
+        """This vCPU's turn comes after another's: where a data segment can't be loaded any more, its kernel gets the
+        failsafe callback, with the selectors that it had above R11 in the frame (load_segments)."""
+        engine, regs = self.engine, self.regs
+        selectors = [engine.segment(which) for which in (3, 0, 4, 5)]
+        if not any(selector > 3 for selector in selectors) or descriptors.reload_data_segments(self):
+            return
+        regs[RIP] = self.bounce(self.failsafe_callback, self.failsafe_masks_events, regs[RIP], engine.rflags, None)
+        frame = self.read(regs[RSP], 16)
+        regs[RSP] -= 32
+        self.write(regs[RSP], frame + struct.pack("<4Q", *selectors))
+
     def deliver_events(self, rip: int) -> int:
         """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
         mem, info = self._mem, self.vcpu.info
@@ -319,7 +334,7 @@ class PvVcpu:
         if number == HYPERVISOR_iret:
             return self._iret()
         try:
-            handler, arguments = self.hypercalls[number & 0xFFFFFFFF]
+            handler, arguments = self.hypercalls[number]
             if arguments == 2:
                 result = handler(self, regs[RDI], regs[RSI])
             elif arguments == 3:
@@ -333,10 +348,12 @@ class PvVcpu:
         except XenError as error:
             result = -error.errno
         except IndexError:
-            if number & 0xFFFFFFFF < len(self.hypercalls):
+            if number < len(self.hypercalls):
                 raise
             result = -Errno.ENOSYS
         regs[RAX] = result & M64
+        # What SYSCALL did in the guest's registers.
+        regs[RCX], regs[R11] = rip, self.engine.rflags
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)
@@ -354,8 +371,6 @@ class PvVcpu:
         if not compat:
             engine.set_code_stack(FLAT_RING3_CS64, descriptors.CODE64, FLAT_RING3_SS64, descriptors.DATA)
         rip = self.bounce(target, masks, rip, rflags, None)
-        if rflags & FLAG_DF:
-            engine.rflags &= ~FLAG_DF
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)
@@ -377,9 +392,12 @@ class PvVcpu:
         if self.guest.assists & 1 << VMASST_TYPE_architectural_iopl:
             self.iopl = rflags & FLAG_IOPL
         cs, ss = cs & 0xFFFF | 3, ss & 0xFFFF | 3
+        if flags & VGCF_in_syscall and not 1 << 47 <= rip < M64 - (1 << 47):
+            # Xen leaves by SYSRET, which loads flat segments whatever the selectors.
+            cs, ss = FLAT_RING3_CS32 if cs == FLAT_RING3_CS32 else FLAT_RING3_CS64, FLAT_RING3_SS64
         regs[RAX] = rax
         if flags & VGCF_in_syscall:
-            regs[RCX], regs[R11] = rip, rflags
+            regs[RCX], regs[R11] = rip, rflags & ~(FLAG_IOPL | FLAG_VM) & 0xFFFFFFFF | FLAG_IF
         else:
             regs[RCX], regs[R11] = rcx, r11
         regs[RSP] = rsp
@@ -396,6 +414,9 @@ class PvVcpu:
         engine.rflags = rflags & ~(FLAG_IOPL | FLAG_VM) & 0xFFFFFFFF | FLAG_IF
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)
+        if rflags & FLAG_TF:
+            # The CPU checks TF once more when SYSCALL is complete: that step is not the guest's.
+            self._step_to_skip = rip
         return rip
 
     def exception(self, vector: int, error: int, rip: int, software: bool) -> int:
@@ -410,16 +431,18 @@ class PvVcpu:
                 if done is not None:
                     return self.deliver_events(done)
             return self.inject(TRAP_GP, rip, error)
-        if vector == TRAP_UD:
-            done = emulate.forced_cpuid(self, rip)
-            return self.inject(TRAP_UD, rip) if done is None else done
+        if vector == TRAP_UD and not software:
+            return emulate.invalid_opcode(self, rip)
         if vector == TRAP_NM:
             self.engine.cr0_ts = False
             if not self.cr0_ts:
                 return rip
             self.cr0_ts = False
         elif vector == TRAP_DB:
-            self.debug_registers[6] |= 0x4000
+            skip, self._step_to_skip = self._step_to_skip, None
+            if skip == rip:
+                return rip
+            self.debug_registers[6] |= DR6_SINGLE_STEP
         return self.inject(vector, rip, error)
 
     def _software_interrupt(self, vector: int, rip: int) -> int:
@@ -427,7 +450,7 @@ class PvVcpu:
         address, _cs, flags = self.traps[vector]
         if vector in (TRAP_BP, TRAP_OF):
             return self.inject(vector, rip)
-        if address and (flags & TI_DPL) >= (1 if self.kernel_mode() else 3):
+        if address and (vector == LEGACY_SYSCALL_VECTOR or (flags & TI_DPL) >= (1 if self.kernel_mode() else 3)):
             rip = self.bounce(address, bool(flags & TI_IF), rip, self.engine.rflags, None)
             return self.deliver_events(rip)
         return self.inject(TRAP_GP, rip - 2, vector << 3 | 2)
@@ -441,8 +464,24 @@ class PvVcpu:
                     return self.deliver_events(done)
             elif error & PFEC_FETCH and error & PFEC_PRESENT and self._initial_page_executes(va):
                 return rip
-        if HYPERVISOR_VIRT_START <= va < HYPERVISOR_VIRT_END and descriptors.map_ldt_page(self, va):
-            return rip
+        if HYPERVISOR_VIRT_START <= va < HYPERVISOR_VIRT_END:
+            return self._fault_in_xen(va, error, rip)
+        return self.inject_page_fault(va, error, rip)
+
+    def _fault_in_xen(self, va: int, error: int, rip: int) -> int:
+        """A fault in Xen's part of the address space (fixup_page_fault, handle_gdt_ldt_mapping_fault)."""
+        offset = va - descriptors.PERDOMAIN_VIRT_START
+        if not error & PFEC_USER and 0 <= offset < len(self.guest.cpus) * descriptors.WINDOW_BYTES:
+            # The CPU looked for a descriptor.
+            offset %= descriptors.WINDOW_BYTES
+            if offset < descriptors.LDT_OFFSET:
+                return self.inject(TRAP_GP, rip, offset & ~7)
+            offset -= descriptors.LDT_OFFSET
+            if descriptors.map_ldt_page(self, offset):
+                return rip
+            return self.inject_page_fault(self.ldt[0] + offset & M64, error, rip)
+        if 0 <= va - DIRECTMAP_VIRT_START < len(self._mem):
+            error |= PFEC_PRESENT  # where Xen has all of RAM
         return self.inject_page_fault(va, error, rip)
 
     def _initial_page_executes(self, va: int) -> bool:

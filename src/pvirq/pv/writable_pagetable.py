@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import XenError
-from pvirq.engine.protocol import FLAG_CF, FLAG_ZF, RAX, RBX, RCX, RDX
+from pvirq.engine.protocol import FLAG_CF, FLAG_DF, FLAG_ZF, RAX, RBX, RCX, RDI, RDX, RSI, RSP
 from pvirq.pv.decode import Instruction, decode
 from pvirq.pv.pagetable import ADDRESS, PRESENT, RW
 from pvirq.xen.memory import PGT_L1
@@ -54,7 +54,7 @@ def emulate_write(cpu: PvVcpu, va: int, rip: int) -> int | None:
             return None
     commit()
     cpu.engine.flush_page(va)
-    return rip + instruction.length & M64
+    return rip if commit.again else rip + instruction.length & M64
 
 
 def _store(cpu: PvVcpu, at: int, value: int, size: int) -> None:
@@ -75,6 +75,7 @@ class _Commit:
         self._cpu = cpu
         self.registers: list[tuple[int, int, int, bool]] = []
         self.flags: tuple[int, int] | None = None  # mask, value
+        self.again = False  # the instruction isn't finished
 
     def __call__(self) -> None:
         for number, size, value, rex in self.registers:
@@ -99,10 +100,17 @@ def _compute(cpu: PvVcpu, ins: Instruction, at: int) -> tuple[int | None, _Commi
     if opcode in (0x86, 0x87):  # xchg
         commit.registers.append((ins.reg, size, old, ins.rex))
         return operand, commit
-    if opcode in (0xAA, 0xAB) and not ins.repeated:  # stos
-        step = -size if cpu.engine.rflags & 1 << 10 else size
-        commit.registers.append((7, 8, cpu.regs[7] + step & M64, True))
-        return cpu.regs[RAX] & mask, commit
+    if opcode == 0x0FC3:  # movnti
+        return operand, commit
+    if opcode in (0xA4, 0xA5, 0xAA, 0xAB):
+        return _string(cpu, ins, commit)
+    if opcode == 0x8F and ins.reg & 7 == 0:  # pop
+        try:
+            value = int.from_bytes(cpu.read(cpu.regs[RSP], size), "little")
+        except XenError:
+            return None
+        commit.registers.append((RSP, 8, cpu.regs[RSP] + size & M64, True))
+        return value, commit
     if opcode in (0x0FB0, 0x0FB1):  # cmpxchg
         accumulator = cpu.regs[RAX] & mask
         commit.flags = (ARITHMETIC_FLAGS, _flags_of_sub(accumulator, old, size))
@@ -133,8 +141,28 @@ def _compute(cpu: PvVcpu, ins: Instruction, at: int) -> tuple[int | None, _Commi
     return _arithmetic(ins, old, operand, mask, commit)
 
 
+def _string(cpu: PvVcpu, ins: Instruction, commit: _Commit) -> tuple[int, _Commit] | None:
+    """MOVS and STOS; a repeated one an element at a time, and then it is executed again."""
+    step = -ins.size if cpu.engine.rflags & FLAG_DF else ins.size
+    value = cpu.regs[RAX] & ((1 << ins.size * 8) - 1)
+    if ins.opcode in (0xA4, 0xA5):
+        try:
+            value = int.from_bytes(cpu.read(cpu.regs[RSI], ins.size), "little")
+        except XenError:
+            return None
+        commit.registers.append((RSI, 8, cpu.regs[RSI] + step & M64, True))
+    commit.registers.append((RDI, 8, cpu.regs[RDI] + step & M64, True))
+    if ins.repeated:
+        left = cpu.regs[RCX] - 1 & M64
+        commit.registers.append((RCX, 8, left, True))
+        commit.again = left != 0
+    return value, commit
+
+
 def _arithmetic(ins: Instruction, old: int, operand: int, mask: int, commit: _Commit) -> tuple[int, _Commit] | None:
-    if ins.opcode in (0x80, 0x81, 0x83):
+    if ins.opcode in (0xFE, 0xFF) and ins.reg & 7 < 2:  # inc, dec: as add and sub, but for CF
+        kind, operand = 5 * (ins.reg & 7), 1
+    elif ins.opcode in (0x80, 0x81, 0x83):
         kind, operand = ins.reg & 7, ins.immediate & mask
     elif ins.opcode < 0x38 and ins.opcode & 7 in (0, 1):
         kind = ins.opcode >> 3
@@ -156,7 +184,8 @@ def _arithmetic(ins: Instruction, old: int, operand: int, mask: int, commit: _Co
             flags = _flags_of_result(new, ins.size)
         case _:  # adc, sbb and cmp: no kernel does that to a page table
             return None
-    commit.flags = (ARITHMETIC_FLAGS, flags)
+    changed = ARITHMETIC_FLAGS & ~FLAG_CF if ins.opcode in (0xFE, 0xFF) else ARITHMETIC_FLAGS
+    commit.flags = (changed, flags & changed)
     return new, commit
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pvirq.abi import xen
 from pvirq.abi.sched import SCHEDOP_yield
 from pvirq.pv.hypercalls import evtchn, grant, memory, misc, mmu, physdev, sched, state, vcpu
+from pvirq.pv.hypercalls.protocol import GuestCrash
 
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
@@ -31,6 +32,11 @@ def _sched_op_compat(cpu: PvVcpu, command: int, argument: int) -> int:
     if not cpu.vcpu.runnable:
         cpu.engine.stop()
     return result
+
+
+def _iret(_cpu: PvVcpu, *_arguments: int) -> int:
+    """IRET is part of the way back to the guest, not of this table; it can only come here out of a multicall."""
+    raise GuestCrash("HYPERVISOR_iret in a multicall")
 
 
 _HANDLERS: dict[int, tuple[Hypercall, int]] = {
@@ -56,6 +62,7 @@ _HANDLERS: dict[int, tuple[Hypercall, int]] = {
     xen.HYPERVISOR_grant_table_op: (grant.grant_table_op, 3),
     xen.HYPERVISOR_vm_assist: (misc.vm_assist, 2),
     xen.HYPERVISOR_update_va_mapping_otherdomain: (mmu.update_va_mapping_otherdomain, 4),
+    xen.HYPERVISOR_iret: (_iret, 0),
     xen.HYPERVISOR_vcpu_op: (vcpu.vcpu_op, 3),
     xen.HYPERVISOR_set_segment_base: (state.set_segment_base, 2),
     xen.HYPERVISOR_mmuext_op: (mmu.mmuext_op, 4),

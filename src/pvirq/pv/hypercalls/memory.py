@@ -11,6 +11,7 @@ from pvirq.abi import memory as abi
 from pvirq.abi.arch_x86 import MACH2PHYS_VIRT_START
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_SELF
+from pvirq.pv.pagetable import ABANDONED
 from pvirq.xen.memory import Machine
 
 if TYPE_CHECKING:
@@ -192,8 +193,9 @@ def _give_back(cpu: PvVcpu, mfn: int) -> bool:
     if not cpu.tables.owns(mfn) or cpu.guest.is_xen_page(mfn):
         return False
     machine.m2p[mfn] = INVALID_M2P
-    cpu.guest.frames -= 1
-    cpu.tables.release(mfn)
+    if not machine.pinned[mfn] & ABANDONED:  # one frame given back twice makes no room for two
+        cpu.guest.frames -= 1
+        cpu.tables.release(mfn)
     return True
 
 

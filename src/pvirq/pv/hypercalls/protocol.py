@@ -7,6 +7,10 @@ from typing import Protocol
 from pvirq.xen.domain import Domain, Vcpu
 
 
+class GuestCrash(Exception):
+    """The guest did what Xen answers with domain_crash: there is no way left to enter its kernel."""
+
+
 class GuestCpu(Protocol):
     """A vCPU in the middle of a hypercall.
 

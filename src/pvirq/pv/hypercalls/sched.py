@@ -44,7 +44,12 @@ def sched_op(cpu: GuestCpu, cmd: int, arg: int) -> int:
             target.shutdown(reason & 0xFF)
         case abi.SCHEDOP_watchdog:
             watchdog_id, timeout_s = abi.SCHED_WATCHDOG.unpack(cpu.read(arg, abi.SCHED_WATCHDOG.size))
-            return sched.watchdog(domain, watchdog_id, timeout_s)
+            try:
+                return sched.watchdog(domain, watchdog_id, timeout_s)
+            except XenError as error:
+                if error.errno != Errno.ENOSPC:
+                    raise
+                return -error.errno & 0xFFFFFFFF  # Xen mixes it with an unsigned id
         case abi.SCHEDOP_pin_override:
             if domain.domid:
                 raise XenError(Errno.EPERM, "only the hardware domain may pin")

@@ -133,7 +133,7 @@ def get_debugreg(cpu: PvVcpu, which: int) -> int:
     """The value, or -errno in the same register (do_get_debugreg)."""
     register = int32(which)
     if not 0 <= register <= 7:
-        return -Errno.EINVAL
+        return -Errno.ENODEV
     if register in (4, 5) and cpu.cr4 & CR4_DE:
         return -Errno.ENODEV
     return emulate.read_debug_register(cpu, register)

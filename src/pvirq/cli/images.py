@@ -1,0 +1,111 @@
+"""The kernel, initrd and kernel parameters of `pvirq boot`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import zstandard
+
+from pvirq.cli.messages import Messages
+from pvirq.pv.builder import BuildError
+from pvirq.pv.image import ImageError, KernelImage, decompress, parse_elf, read_image
+from pvirq.pv.symbols import system_map_for
+from pvirq.toolstack import initrd as initrds
+from pvirq.toolstack.cache import Cache, CacheError, write_atomic
+from pvirq.toolstack.kernels import KernelChoice, fetch_kernel, find_busybox, find_kernel
+
+FLAVOURS: Final = ("cloud", "generic")
+NO_INITRD: Final = "none"
+# A kernel that took longer to unpack (xz and bzip2 do) is kept unpacked. Reading it back takes 0.06 s.
+SLOW_S: Final = 0.2
+
+
+def choose_kernel(kernel: str | None, say: Messages) -> tuple[Path, Path | None]:
+    """The kernel's file and its System.map: of the one named (a file, or else one of the cache), or found."""
+    if kernel is not None and (os.path.lexists(kernel) or not _in_cache(kernel)):
+        return Path(kernel), system_map_for(kernel)
+    choice: KernelChoice = find_kernel(say.note) if kernel is None else fetch_kernel(kernel, say.note)
+    return choice.path, choice.system_map
+
+
+def _in_cache(name: str) -> bool:
+    if name in FLAVOURS:
+        return True
+    with contextlib.suppress(CacheError):
+        return any(name in (entry.name, *entry.aliases) for entry in Cache().entries() if entry.kind == "kernels")
+    return False
+
+
+def load_kernel(path: Path) -> KernelImage:
+    """`pvirq.pv.image.load_image`, with slowly unpacked kernels kept in the cache. ImageError as there."""
+    try:
+        packed = read_image(path)
+        cache = _cache()
+        name = hashlib.sha256(packed).hexdigest()[:32]
+        if cache and (directory := cache.get("unpacked", name)):
+            # A damaged file there counts as none.
+            with contextlib.suppress(ImageError, OSError, zstandard.ZstdError, MemoryError):
+                return parse_elf(zstandard.ZstdDecompressor().decompress((directory / "vmlinux.zst").read_bytes()))
+        began = time.monotonic()
+        unpacked = decompress(packed)
+        took = time.monotonic() - began
+        image = parse_elf(unpacked)
+    except ImageError as problem:
+        raise ImageError(f"{path}: {problem}") from None
+    if cache and took > SLOW_S:
+        # No more than a help: a cache that can't be written is no error here.
+        with contextlib.suppress(CacheError, OSError):
+            _keep(cache, name, unpacked)
+    return image
+
+
+def _cache() -> Cache | None:
+    try:
+        return Cache()
+    except CacheError:
+        return None
+
+
+def _keep(cache: Cache, name: str, unpacked: bytes | bytearray | memoryview) -> None:
+    with cache.staging() as staging:
+        entry = staging / name
+        entry.mkdir()
+        packed = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(unpacked)
+        write_atomic(entry / "vmlinux.zst", packed)
+        cache.publish(entry, "unpacked", name)
+
+
+def make_initrd(given: str | None, image: KernelImage, with_agent: bool, say: Messages) -> bytes:
+    """The user's initrd, with pvirq's agent or shell in front of it where that is wanted; or the default one."""
+    if given == NO_INITRD:
+        if with_agent:
+            raise BuildError("--exec and --shell need an initrd")
+        return b""
+    if given is not None:
+        try:
+            data = Path(given).read_bytes()
+        except (OSError, ValueError) as error:
+            raise BuildError(f"initrd {given}: {getattr(error, 'strerror', None) or error}") from None
+        return initrds.with_overlay(data, find_busybox(say.note)) if with_agent else data
+    if not image.guest_os.startswith("linux"):
+        if with_agent:
+            raise BuildError(f"--exec and --shell need a Linux kernel; this one says that it is {image.guest_os!r}")
+        return b""
+    return initrds.default_initrd(find_busybox(say.note))
+
+
+def command_line(append: str, mode: str, own_initrd: bool, size: os.terminal_size | None) -> str:
+    """The kernel's parameters: ours first, so that the user's win. `mode` is "agent", "shell" or ""."""
+    words = [] if any(word.startswith("console=") for word in append.split()) else ["console=hvc0"]
+    if mode:
+        words.append(f"pvirq={mode}")
+        if own_initrd:
+            words.append(f"rdinit={initrds.INIT}")
+    if size is not None:
+        words += (f"pvirq_rows={size.lines}", f"pvirq_cols={size.columns}")
+    return " ".join([*words, append]).strip()

@@ -1,0 +1,96 @@
+"""The entry point: the commands, and what an error becomes (one line on stderr and an exit status)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Final, NoReturn
+
+import click
+
+import pvirq
+from pvirq.cli.boot import boot
+from pvirq.cli.cache import cache, fetch
+from pvirq.cli.messages import Messages
+
+EXIT_ERROR: Final = 1
+EXIT_BAD_INPUT: Final = 2
+EXIT_SIGNAL: Final = 128
+SIGINT, SIGPIPE = 2, 13
+
+EPILOG: Final = """\b
+Try:
+  pvirq boot --exec 'cat /proc/interrupts'
+  pvirq boot --shell
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.version_option(pvirq.__version__, prog_name="pvirq")
+def cli() -> None:
+    """The Xen PV interrupt system in one process: boots unmodified Xen PV kernels, without Xen and without root."""
+
+
+cli.add_command(boot)
+cli.add_command(fetch)
+cli.add_command(cache)
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run a command line (default: the process's own) and exit with its status."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run a command line and return its exit status. Bad input is one line on stderr, never a traceback."""
+    # Closed standard files are None, which nothing that follows wants to know.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    try:
+        status = cli.main(args, prog_name="pvirq", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        click.echo(help_text.format_message(), err=True)
+        return EXIT_BAD_INPUT
+    except click.ClickException as error:
+        return _fail(_with_hint(error), EXIT_BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_SIGNAL + SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has enough. What is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SIGNAL + SIGPIPE
+    except Exception as error:
+        if isinstance(error, _bad_input()):
+            return _fail(str(error), EXIT_BAD_INPUT)
+        if isinstance(error, MemoryError):
+            return _fail("out of memory", EXIT_ERROR)
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror}", EXIT_ERROR)
+        raise  # a bug of ours
+    return status if isinstance(status, int) else 0
+
+
+def _bad_input() -> tuple[type[Exception], ...]:
+    """What a wrong kernel, initrd, option or cache raises."""
+    from pvirq.toolstack.cache import CacheError
+    from pvirq.toolstack.cpio import CpioError
+    from pvirq.toolstack.kernels import BusyboxNotFound, KernelNotFound
+    from pvirq.toolstack.packages import FetchError
+
+    own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError)
+    return (*own, KernelNotFound, BusyboxNotFound, CacheError, FetchError, CpioError)
+
+
+def _with_hint(error: click.ClickException) -> str:
+    text = error.format_message()
+    context = getattr(error, "ctx", None)
+    return f"{text.rstrip('.')} (see {context.command_path} --help)" if context else text
+
+
+def _fail(text: str, status: int) -> int:
+    Messages().error(" ".join(text.split()))
+    return status

@@ -1,0 +1,45 @@
+"""Fixtures that many tests share: real kernels and a static busybox, fetched once and kept in pvirq's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pvirq.toolstack import kernels
+from pvirq.toolstack.initrd import default_initrd
+from pvirq.toolstack.kernels import BusyboxNotFound, KernelChoice, KernelNotFound
+
+
+def _kernel(flavour: str) -> KernelChoice:
+    try:
+        return kernels.fetch_kernel(flavour, print)
+    except KernelNotFound as error:
+        pytest.skip(f"neither cached nor to be had now: {error}")
+
+
+@pytest.fixture(scope="session")
+def kernel_cloud() -> KernelChoice:
+    """The distribution's smaller kernel, for guests."""
+    return _kernel("cloud")
+
+
+@pytest.fixture(scope="session")
+def kernel_generic() -> KernelChoice:
+    """The distribution's kernel for any machine."""
+    return _kernel("generic")
+
+
+@pytest.fixture(scope="session")
+def busybox() -> Path:
+    """A statically linked busybox."""
+    try:
+        return kernels.find_busybox(print)
+    except BusyboxNotFound as error:
+        pytest.skip(f"neither cached nor to be had now: {error}")
+
+
+@pytest.fixture(scope="session")
+def initrd(busybox: Path) -> bytes:
+    """pvirq's own initramfs, with its agent."""
+    return default_initrd(busybox)

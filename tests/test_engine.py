@@ -1,0 +1,624 @@
+"""The CPU engine, through its protocol alone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import unicorn
+from enginelib import (
+    ALL,
+    CODE,
+    CODE32,
+    DATA,
+    DATA_PA,
+    FLAT,
+    GDT_PA,
+    NX,
+    PRESENT,
+    RW,
+    STACK,
+    SYSCALL,
+    USER,
+    Bench,
+)
+from unicorn.unicorn_py3 import unicorn as binding
+
+from pvirq.engine import EngineError, open_engine
+from pvirq.engine.protocol import (
+    FLAG_TF,
+    R8,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RIP,
+    RSP,
+    TRAP_BP,
+    TRAP_DB,
+    TRAP_GP,
+    TRAP_NM,
+    TRAP_PF,
+    TRAP_UD,
+)
+
+DATA_FLAGS = ALL | NX
+UD2, INT3, HLT = b"\x0f\x0b", b"\xcc", b"\xf4"
+SPIN = b"\xeb\xfe"
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+# -- what reaches the handler ------------------------------------------------------------------------------------------
+
+
+def test_syscall_comes_with_the_address_behind_it(bench: Bench) -> None:
+    assert bench.run(b"\x90" + SYSCALL + UD2) == [("syscall", CODE + 3)]
+    assert bench.regs[RIP] == CODE + 3
+    assert bench.run() == [("exception", TRAP_UD, 0, CODE + 3, False)]
+
+
+def test_the_handler_says_where_to_go_on(bench: Bench) -> None:
+    bench.put(UD2, CODE + 0x800)
+    bench.on_syscall = lambda rip: CODE + 0x800
+    assert bench.run(SYSCALL + INT3) == [
+        ("syscall", CODE + 2),
+        ("exception", TRAP_UD, 0, CODE + 0x800, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        (UD2, ("exception", TRAP_UD, 0, CODE, False)),
+        (INT3, ("exception", TRAP_BP, 0, CODE + 1, True)),
+        (b"\xcd\x80", ("exception", 0x80, 0, CODE + 2, True)),
+        (b"\xcd\x0d", ("exception", 13, 0, CODE + 2, True)),
+        (HLT, ("exception", TRAP_GP, 0, CODE, False)),
+        (b"\xfa", ("exception", TRAP_GP, 0, CODE, False)),  # cli
+        (b"\xe6\x80", ("exception", TRAP_GP, 0, CODE, False)),  # out 0x80, al
+        (b"\xec", ("exception", TRAP_GP, 0, CODE, False)),  # in al, dx
+        (b"\x0f\x20\xd8", ("exception", TRAP_GP, 0, CODE, False)),  # mov rax, cr3
+        (b"\x0f\x32", ("exception", TRAP_GP, 0, CODE, False)),  # rdmsr
+        (b"\x31\xc9\xf7\xf1", ("exception", 0, 0, CODE + 2, False)),  # div by zero
+        (b"\xb8\x48\x03\x00\x00\x8e\xd8", ("exception", TRAP_GP, 0x348, CODE + 5, False)),  # mov ds, an empty selector
+        (b"\xb8\x30\x10\x00\x00\x8e\xd8", ("exception", TRAP_GP, 0x1030, CODE + 5, False)),  # beyond the GDT
+        (b"\xb8\x0c\x00\x00\x00\x8e\xd8", ("exception", TRAP_GP, 0xC, CODE + 5, False)),  # without an LDT
+    ],
+)
+def test_faults(bench: Bench, code: bytes, event: tuple[object, ...]) -> None:
+    assert bench.run(code) == [event]
+
+
+def test_a_fault_again_and_again_is_no_double_fault(bench: Bench) -> None:
+    for _ in range(3):
+        assert bench.run(HLT) == [("exception", TRAP_GP, 0, CODE, False)]
+        assert bench.run(b"\x8b\x07", rdi=0x1000)[0][1] == TRAP_PF
+
+
+@pytest.mark.parametrize(
+    ("code", "flags", "error"),
+    [
+        (b"\x48\x8b\x07", 0, 4),  # read; not present
+        (b"\x48\x89\x07", 0, 6),  # write; not present
+        (b"\x48\x8b\x07", PRESENT | RW, 5),  # not for user privilege
+        (b"\x48\x89\x07", PRESENT | USER, 7),  # write to a read-only page
+        (b"\xff\xe7", ALL | NX, 0x15),  # fetch from a page without code
+        (b"\xff\xe7", 0, 0x14),
+    ],
+)
+def test_page_faults(bench: Bench, code: bytes, flags: int, error: int) -> None:
+    va = DATA + 0x5008
+    bench.map(va & ~0xFFF, DATA_PA + 0x5000, flags)
+    rip = va if code == b"\xff\xe7" else CODE
+    assert bench.run(code, rdi=va) == [("exception", TRAP_PF, error, rip, False)]
+    assert bench.engine.cr2 == va
+
+
+def test_a_page_fault_that_is_mended_is_retried(bench: Bench) -> None:
+    va = DATA + 0x100000
+
+    def mend(vector: int, error: int, rip: int, software: bool) -> int:
+        bench.map(bench.engine.cr2 & ~0xFFF, DATA_PA, DATA_FLAGS)
+        return rip
+
+    bench.on_exception = mend
+    # An access across the border of two pages: both faults, then the value, whole.
+    bench.memory[DATA_PA : DATA_PA + 4] = b"ABCD"
+    bench.memory[DATA_PA + 0xFFC : DATA_PA + 0x1000] = b"abcd"
+    events = bench.run(b"\x48\x8b\x07" + SYSCALL, rdi=va + 0xFFC)
+    while events[-1][0] != "syscall":
+        events += bench.run()
+    assert [event[:3] for event in events[:-1]] == [("exception", TRAP_PF, 4)] * 2
+    assert struct.pack("<Q", bench.regs[RAX]) == b"abcdABCD"
+
+
+def test_single_step(bench: Bench) -> None:
+    bench.engine.rflags |= FLAG_TF
+    assert bench.run(b"\x90\x90" + UD2) == [("exception", TRAP_DB, 0, CODE + 1, False)]
+
+
+def test_fpu_under_task_switched(bench: Bench) -> None:
+    code = b"\x0f\x6e\xc0" + SYSCALL  # movd mm0, eax
+    bench.engine.cr0_ts = True
+    assert bench.engine.cr0_ts
+    assert bench.run(code) == [("exception", TRAP_NM, 0, CODE, False)]
+    bench.engine.cr0_ts = False
+    assert bench.run() == [("syscall", CODE + 5)]
+
+
+def test_cpuid(bench: Bench) -> None:
+    bench.on_cpuid = lambda leaf, subleaf: (0x80000001, 2, 3, 0xFFFFFFFF)
+    events = bench.run(b"\x0f\xa2" + SYSCALL, rax=0xFFFFFFFF_40000000, rcx=0xFFFFFFFF_00000007, rbx=-1, rdx=-1)
+    assert events == [("cpuid", 0x40000000, 7)]
+    bench.engine.run() if bench.regs[RIP] == CODE else None
+    assert [bench.regs[i] for i in (RAX, RBX, RCX, RDX)] == [0x80000001, 2, 3, 0xFFFFFFFF]
+
+
+def test_native_cpuid(bench: Bench) -> None:
+    top, *vendor = bench.engine.native_cpuid(0, 0)
+    assert top >= 7
+    assert len(struct.pack("<3I", vendor[0], vendor[2], vendor[1]).decode("ascii")) == 12
+    assert bench.engine.native_cpuid(1, 0)[3] & 1 << 26  # SSE2, which any 64-bit CPU has
+
+
+@pytest.mark.parametrize("where", ["syscall", "exception", "cpuid"])
+def test_an_exception_of_the_handlers_comes_out_of_run(bench: Bench, where: str) -> None:
+    class Oops(Exception):
+        pass
+
+    def fail(*_arguments: object) -> int:
+        raise Oops(where)
+
+    setattr(bench, f"on_{where}", fail)
+    code = {"syscall": SYSCALL, "exception": UD2, "cpuid": b"\x0f\xa2" + SYSCALL}[where]
+    with pytest.raises(Oops, match=where):
+        bench.run(code)
+    setattr(bench, f"on_{where}", None)
+    assert bench.run(b"\x90" + SYSCALL) == [("syscall", CODE + 3)]
+
+
+def test_registers_and_flags_in_place(bench: Bench) -> None:
+    for i in range(16):
+        if i != RSP:
+            bench.regs[i] = 0x1111_0000_0000_0000 * i + i
+    bench.run(b"\x4d\x01\xc9\xf9\xfd" + SYSCALL)  # add r9, r9; stc; std
+    assert bench.regs[9] == (0x1111_0000_0000_0000 * 9 + 9) * 2 & (1 << 64) - 1
+    assert bench.regs[8] == 0x1111_0000_0000_0000 * 8 + 8
+    assert bench.engine.rflags & 0x401 == 0x401
+    bench.engine.rflags = 0x202
+    bench.run(b"\x0f\x92\xc0" + SYSCALL)  # setc al
+    assert bench.regs[RAX] & 0xFF == 0
+
+
+# -- segments ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_32_bit_code_segment_decodes_32_bit_code(bench: Bench) -> None:
+    # dec eax, inc eax, push eax there; REX.W inc rax, push rax here.
+    code = b"\x48\xff\xc0\x50\xcd\x30"
+    stack = STACK - 0x100
+    bench.run(code, rax=5, rsp=stack)
+    assert (bench.regs[RAX], bench.regs[RSP]) == (6, stack - 8)
+    bench.engine.set_code_stack(0x23, CODE32, 0x2B, FLAT)
+    assert (bench.engine.segment(1), bench.engine.segment(2)) == (0x23, 0x2B)
+    assert bench.run(code, rax=5, rsp=stack) == [("exception", 0x30, 0, CODE + 6, True)]
+    assert (bench.regs[RAX], bench.regs[RSP]) == (5, stack - 4)
+    bench.engine.set_code_stack(0x33, CODE64, 0x2B, FLAT)
+    bench.run(code, rax=5, rsp=stack)
+    assert (bench.regs[RAX], bench.regs[RSP]) == (6, stack - 8)
+
+
+CODE64 = 0x00AF_FB00_0000_FFFF
+
+
+def _segment(base: int, limit: int) -> int:
+    """A data descriptor of DPL 3 with byte granularity."""
+    return limit & 0xFFFF | (base & 0xFFFFFF) << 16 | 0xF3 << 40 | (limit >> 16) << 48 | 0x4 << 52 | (base >> 24) << 56
+
+
+def test_segment_bases_and_limits(bench: Bench) -> None:
+    bench.memory[DATA_PA + 0x120 : DATA_PA + 0x128] = b"segments"
+    load = b"\x64\x48\x8b\x04\x25\x20\x00\x00\x00" + SYSCALL  # mov rax, fs:[0x20]
+    bench.engine.set_segment(4, 0x3B, _segment(DATA + 0x100, 0xFF))
+    assert bench.engine.fs_base == DATA + 0x100
+    bench.run(load)
+    assert struct.pack("<Q", bench.regs[RAX]) == b"segments"
+    bench.engine.fs_base = DATA + 0xF8
+    bench.memory[DATA_PA + 0x118 : DATA_PA + 0x120] = b"otherone"
+    bench.run(load)
+    assert struct.pack("<Q", bench.regs[RAX]) == b"otherone"
+    # Loaded by the guest, from the GDT.
+    bench.u64[(GDT_PA + 0x40) // 8] = _segment(DATA + 0x100, 0xFF)
+    bench.run(b"\xb8\x43\x00\x00\x00\x8e\xe8\x65\x48\x8b\x04\x25\x20\x00\x00\x00" + SYSCALL)  # mov gs, 0x43
+    assert struct.pack("<Q", bench.regs[RAX]) == b"segments"
+    assert (bench.engine.segment(5), bench.engine.gs_base) == (0x43, DATA + 0x100)
+
+
+def test_descriptors_from_the_ldt(bench: Bench) -> None:
+    ldt = DATA + 0x2000
+    bench.map(ldt, DATA_PA + 0x2000, PRESENT | RW)
+    bench.u64[(DATA_PA + 0x2008) // 8] = _segment(DATA + 0x100, 0xFF)
+    code = b"\xb8\x0f\x00\x00\x00\x8e\xe8" + SYSCALL  # mov gs, 0xf
+    assert bench.run(code)[0][:3] == ("exception", TRAP_GP, 0xC)
+    bench.engine.set_ldt(ldt, 0xF)
+    assert bench.run(code) == [("syscall", CODE + 9)]
+    assert bench.engine.gs_base == DATA + 0x100
+    bench.engine.set_ldt(ldt, 0x7)
+    assert bench.run(code)[0][:3] == ("exception", TRAP_GP, 0xC)
+
+
+# -- translations and code ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flush", ["flush_tlb", "flush_page", "cr3"])
+def test_translations_are_kept_until_flushed(bench: Bench, flush: str) -> None:
+    load = b"\x8a\x07" + SYSCALL  # mov al, [rdi]
+    bench.memory[DATA_PA + 0x7000], bench.memory[DATA_PA + 0x8000] = 1, 2
+    va = DATA + 0x7000
+    bench.run(load, rdi=va)
+    bench.map(va, DATA_PA + 0x8000, DATA_FLAGS)
+    bench.run(load, rdi=va)
+    assert bench.regs[RAX] & 0xFF == 1
+    if flush == "flush_tlb":
+        bench.engine.flush_tlb()
+    elif flush == "flush_page":
+        bench.engine.flush_page(va)
+    else:
+        bench.engine.cr3 = bench.engine.cr3
+    bench.run(load, rdi=va)
+    assert bench.regs[RAX] & 0xFF == 2
+    # And a right that was taken away.
+    bench.map(va, DATA_PA + 0x8000, 0)
+    bench.engine.flush_page(va)
+    assert bench.run(load, rdi=va)[0][1] == TRAP_PF
+
+
+def test_code_that_the_guest_patches_itself(bench: Bench) -> None:
+    # mov byte [rip+3], 7; jmp over nothing; mov al, 1 -> the immediate is patched before it runs.
+    code = b"\xc6\x05\x03\x00\x00\x00\x07\xeb\x00\xb0\x01" + SYSCALL
+    for _ in range(2):
+        bench.run(code)
+        assert bench.regs[RAX] & 0xFF == 7
+
+
+def test_code_that_is_changed_behind_the_cpus_back(bench: Bench) -> None:
+    for value in (1, 2, 3):
+        bench.run(b"\xb0" + bytes([value]) + SYSCALL)
+        assert bench.regs[RAX] & 0xFF == value
+
+
+def test_machine_addresses_above_four_gigabytes_in_tables_are_whole(bench: Bench) -> None:
+    bench.map(DATA + 0x9000, 1 << 40, DATA_FLAGS)  # no memory there: must not be cut to some frame that exists
+    with pytest.raises(EngineError, match=r"\AUnicorn|unicorn"):
+        bench.run(b"\x48\x8b\x07" + SYSCALL, rdi=DATA + 0x9000)
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+# lock inc qword [rdi]; inc rax; xchg-and-add through memory; push/pop; dec rcx; jnz
+COUNT = (
+    b"\xf0\x48\xff\x07"  # lock inc qword [rdi]
+    b"\x48\xff\xc0"  # inc rax
+    b"\x48\x83\x47\x08\x01"  # add qword [rdi+8], 1
+    b"\xba\x01\x00\x00\x00"  # mov edx, 1
+    b"\xf0\x48\x0f\xc1\x57\x10"  # lock xadd [rdi+16], rdx
+    b"\x50\x58"  # push rax; pop rax
+    b"\x48\xff\xc9"  # dec rcx
+    b"\x75\xe1"  # jnz
+) + SYSCALL
+
+
+def test_stops_from_another_thread_repeat_no_instruction(bench: Bench) -> None:
+    rounds = 6_000_000
+    bench.put(COUNT)
+    bench.regs[RIP], bench.regs[RCX], bench.regs[RAX], bench.regs[7] = CODE, rounds, 0, DATA
+    done = threading.Event()
+    stops = 0
+
+    def stop() -> None:
+        nonlocal stops
+        while not done.is_set():
+            bench.engine.stop()
+            stops += 1
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    runs = 0
+    try:
+        while not bench.events:
+            bench.engine.run()
+            runs += 1
+    finally:
+        done.set()
+        thread.join()
+    assert runs > 100
+    assert stops > 1000
+    assert bench.regs[RAX] == rounds
+    assert [bench.u64[DATA_PA // 8 + i] for i in range(3)] == [rounds] * 3
+    assert bench.regs[RSP] == STACK - 0x100
+
+
+def test_stop_at_repeats_no_instruction(bench: Bench) -> None:
+    rounds = 3_000_000
+    bench.put(COUNT)
+    bench.regs[RIP], bench.regs[RCX], bench.regs[RAX], bench.regs[7] = CODE, rounds, 0, DATA
+    runs = 0
+    rng = random.Random(1)
+    while not bench.events:
+        bench.engine.stop_at = bench.engine.counter() + rng.randrange(200_000)
+        bench.engine.run()
+        runs += 1
+    assert runs > 100
+    assert bench.regs[RAX] == rounds
+    assert [bench.u64[DATA_PA // 8 + i] for i in range(3)] == [rounds] * 3
+
+
+def test_a_repeated_string_instruction_survives_stops(bench: Bench) -> None:
+    # rep stosb over 60 KiB, again and again, stopped amid: every byte once, RDI at the end.
+    bench.put(b"\xf3\xaa" + SYSCALL)
+    for value in range(1, 120):
+        bench.regs[RIP], bench.regs[RCX], bench.regs[RAX], bench.regs[7] = CODE, 60_000, value, DATA
+        bench.events.clear()
+        while not bench.events:
+            bench.engine.stop_at = bench.engine.counter() + 20_000
+            bench.engine.run()
+        assert bench.regs[7] == DATA + 60_000
+        assert bench.regs[RCX] == 0
+        assert bytes(bench.memory[DATA_PA : DATA_PA + 60_001]) == bytes([value]) * 60_000 + b"\0"
+
+
+def test_stop_at_is_a_time(bench: Bench) -> None:
+    engine = bench.engine
+    ms = int(engine.counter_hz() / 1000)
+    bench.put(SPIN)
+    late = []
+    for _ in range(10):
+        bench.regs[RIP] = CODE
+        engine.stop_at = engine.counter() + 5 * ms
+        engine.run()
+        late.append(engine.counter() - engine.stop_at)
+    assert min(late) >= 0
+    assert sorted(late)[5] < 5 * ms
+    engine.stop_at = engine.counter() - ms  # already past
+    start = engine.counter()
+    engine.run()
+    assert engine.counter() - start < 50 * ms
+
+
+def test_stop_at_may_be_set_from_the_handler(bench: Bench) -> None:
+    engine = bench.engine
+    ms = int(engine.counter_hz() / 1000)
+    engine.stop_at = None
+
+    def soon(rip: int) -> int:
+        engine.stop_at = engine.counter() + 2 * ms
+        return rip
+
+    bench.on_syscall = soon
+    start = engine.counter()
+    bench.run(SYSCALL + SPIN)
+    assert ms < engine.counter() - start < 200 * ms
+
+
+def test_stop_from_the_handler_is_at_once(bench: Bench) -> None:
+    assert bench.run(SYSCALL + b"\x48\xff\xc0" + SYSCALL, rax=0) == [("syscall", CODE + 2)]
+    assert bench.regs[RAX] == 0
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 123_456_789, -(1 << 30), 1 << 62])
+def test_rdtsc_is_counter_plus_offset(bench: Bench, offset: int) -> None:
+    engine = bench.engine
+    engine.set_tsc_offset(offset)
+    before = engine.counter()
+    bench.run(b"\x0f\x31" + SYSCALL)
+    after = engine.counter()
+    tsc = bench.regs[RAX] | bench.regs[RDX] << 32
+    assert before <= (tsc - offset) & (1 << 64) - 1 <= after
+
+
+def test_counter_hz(bench: Bench) -> None:
+    hz = bench.engine.counter_hz()
+    first, began = bench.engine.counter(), time.monotonic()
+    time.sleep(0.1)
+    ticks, seconds = bench.engine.counter() - first, time.monotonic() - began
+    assert ticks / seconds == pytest.approx(hz, rel=0.02)
+
+
+# -- the whole state ---------------------------------------------------------------------------------------------------
+
+
+def test_save_and_restore(bench: Bench) -> None:
+    engine = bench.engine
+    rng = random.Random(2)
+    for i in range(16):
+        bench.regs[i] = STACK - 0x200 if i == RSP else rng.getrandbits(64)
+    bench.regs[7] = DATA
+    xmm = bytes(rng.randrange(256) for _ in range(16))
+    bench.memory[DATA_PA : DATA_PA + 16] = xmm
+    # movups xmm5, [rdi]; fldpi; stc
+    bench.run(b"\x0f\x10\x2f\xd9\xeb\xf9" + SYSCALL)
+    engine.fs_base, engine.gs_base = 0x1234000, 0x5678000
+    engine.set_code_stack(0x33, CODE64, 0x2B, FLAT)
+    flags, registers = engine.rflags, list(bench.regs)
+    state = engine.save()
+    bench.run(b"\x0f\x57\xed\xdb\xe3\xf8" + SYSCALL)  # xorps xmm5, xmm5; fninit; clc
+    for i in range(16):
+        bench.regs[i] = 0
+    engine.fs_base = engine.gs_base = 0
+    engine.set_code_stack(0x23, CODE32, 0x2B, FLAT)
+    engine.cr0_ts = True
+    engine.restore(state)
+    assert (list(bench.regs), engine.rflags, engine.fs_base, engine.gs_base) == (registers, flags, 0x1234000, 0x5678000)
+    assert not engine.cr0_ts
+    assert engine.segment(1) == 0x33
+    bench.memory[DATA_PA : DATA_PA + 64] = bytes(64)
+    # movups [rdi], xmm5; fstp qword [rdi+16]; setc [rdi+24]: 64-bit code again, FPU as it was
+    bench.run(b"\x0f\x11\x2f\xdd\x5f\x10\x0f\x92\x47\x18" + SYSCALL)
+    assert bytes(bench.memory[DATA_PA : DATA_PA + 16]) == xmm
+    assert struct.unpack("<d", bench.memory[DATA_PA + 16 : DATA_PA + 24])[0] == pytest.approx(3.14159265358979)
+    assert bench.memory[DATA_PA + 24] == 1
+
+
+def test_a_code_segment_after_restore_is_the_one_that_is_set(bench: Bench) -> None:
+    """set_code_stack may take a short cut where nothing changes; restore has changed it."""
+    engine = bench.engine
+    state = engine.save()
+    engine.set_code_stack(0x23, CODE32, 0x2B, FLAT)
+    engine.restore(state)
+    engine.set_code_stack(0x23, CODE32, 0x2B, FLAT)
+    stack = STACK - 0x100
+    bench.run(b"\x50\xcd\x30", rsp=stack)
+    assert bench.regs[RSP] == stack - 4
+
+
+def test_restore_on_another_engine(bench: Bench) -> None:
+    bench.run(b"\x90" + SYSCALL, r8=77)
+    other = Bench()
+    try:
+        other.engine.restore(bench.engine.save())
+        assert other.run() == bench.run(UD2) or other.regs[R8] == 77
+        assert other.regs[R8] == 77
+    finally:
+        other.close()
+
+
+# -- a good guest of its process ---------------------------------------------------------------------------------------
+
+
+def test_from_another_thread() -> None:
+    results: list[object] = []
+
+    def work() -> None:
+        bench = Bench()
+        bench.engine.stop_at = bench.engine.counter() + 1000
+        bench.put(SPIN)
+        bench.regs[RIP] = CODE
+        bench.engine.run()
+        bench.engine.stop_at = None
+        results.extend(bench.run(b"\x90" + SYSCALL))
+        bench.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [("syscall", CODE + 3)]
+
+
+def test_two_engines_at_once_in_two_threads() -> None:
+    results = {}
+
+    def work(name: int) -> None:
+        bench = Bench()
+        bench.run(b"\x48\x01\xc8\x48\xff\xc9\x75\xf8" + SYSCALL, rax=0, rcx=1_000_000 + name)
+        results[name] = bench.regs[RAX]
+        bench.close()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {name: (1_000_000 + name) * (1_000_001 + name) // 2 for name in (1, 2)}
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_nothing_is_left_after_close() -> None:
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    sizes = []
+    for _ in range(25):
+        bench = Bench()
+        bench.run(b"\x90" * 3000 + SYSCALL)
+        bench.close()
+        bench.engine.close()  # again is no harm
+        bench.engine.stop()
+        sizes.append(_resident())
+    del bench
+    gc.collect()
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert sizes[-1] - sizes[4] < 4 << 20
+
+
+def test_an_engine_that_is_still_open_doesnt_keep_a_program_from_ending() -> None:
+    program = "import enginelib; b = enginelib.Bench(); b.run(enginelib.SYSCALL); print('done')"
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+# -- when it can't work ------------------------------------------------------------------------------------------------
+
+
+def _one_line(info: pytest.ExceptionInfo[EngineError]) -> str:
+    message = str(info.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def test_an_unknown_engine() -> None:
+    with pytest.raises(EngineError) as info:
+        open_engine("kqemu", memoryview(bytearray(4096)), None)  # type: ignore[arg-type]
+    assert "unicorn" in _one_line(info)
+
+
+def test_another_version_of_unicorn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unicorn, "__version__", "2.0.1")
+    with pytest.raises(EngineError) as info:
+        Bench()
+    assert "pip install unicorn==2.1.4" in _one_line(info)
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    ["qemu_get_cpu_x86_64", "tlb_flush_x86_64", "check_exit_request_x86_64", "cpu_get_tsc_x86_64"],
+)
+def test_a_build_without_the_symbols(monkeypatch: pytest.MonkeyPatch, symbol: str) -> None:
+    real = binding.uclib
+
+    class Stripped:
+        def __getattr__(self, name: str) -> object:
+            if name == symbol:
+                raise AttributeError(name)
+            return getattr(real, name)
+
+    monkeypatch.setattr(binding, "uclib", Stripped())
+    with pytest.raises(EngineError) as info:
+        Bench()
+    assert symbol in _one_line(info)
+
+
+def test_what_failed_to_open_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threading.active_count()
+    monkeypatch.setattr(unicorn, "__version__", "2.0.1")
+    for _ in range(3):
+        with pytest.raises(EngineError):
+            Bench()
+    assert threading.active_count() == threads
