@@ -165,8 +165,7 @@ def test_fpu_under_task_switched(bench: Bench) -> None:
 def test_cpuid(bench: Bench) -> None:
     bench.on_cpuid = lambda leaf, subleaf: (0x80000001, 2, 3, 0xFFFFFFFF)
     events = bench.run(b"\x0f\xa2" + SYSCALL, rax=0xFFFFFFFF_40000000, rcx=0xFFFFFFFF_00000007, rbx=-1, rdx=-1)
-    assert events == [("cpuid", 0x40000000, 7)]
-    bench.engine.run() if bench.regs[RIP] == CODE else None
+    assert events == [("cpuid", 0x40000000, 7), ("syscall", CODE + 4)]
     assert [bench.regs[i] for i in (RAX, RBX, RCX, RDX)] == [0x80000001, 2, 3, 0xFFFFFFFF]
 
 
@@ -303,10 +302,13 @@ def test_code_that_is_changed_behind_the_cpus_back(bench: Bench) -> None:
         assert bench.regs[RAX] & 0xFF == value
 
 
-def test_machine_addresses_above_four_gigabytes_in_tables_are_whole(bench: Bench) -> None:
-    bench.map(DATA + 0x9000, 1 << 40, DATA_FLAGS)  # no memory there: must not be cut to some frame that exists
-    with pytest.raises(EngineError, match=r"\AUnicorn|unicorn"):
-        bench.run(b"\x48\x8b\x07" + SYSCALL, rdi=DATA + 0x9000)
+@pytest.mark.parametrize("bit", [30, 38])
+def test_a_machine_address_without_memory_is_not_cut_to_one_that_has(bench: Bench, bit: int) -> None:
+    bench.map(DATA + 0x9000, 1 << bit | DATA_PA, DATA_FLAGS)
+    bench.memory[DATA_PA : DATA_PA + 8] = b"\xaa" * 8
+    with pytest.raises(EngineError, match="memory"):
+        bench.run(b"\x48\x8b\x07" + SYSCALL, rdi=DATA + 0x9000, rax=1)
+    assert bench.regs[RAX] == 1
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
@@ -320,12 +322,12 @@ COUNT = (
     b"\xf0\x48\x0f\xc1\x57\x10"  # lock xadd [rdi+16], rdx
     b"\x50\x58"  # push rax; pop rax
     b"\x48\xff\xc9"  # dec rcx
-    b"\x75\xe1"  # jnz
+    b"\x75\xe2"  # jnz
 ) + SYSCALL
 
 
 def test_stops_from_another_thread_repeat_no_instruction(bench: Bench) -> None:
-    rounds = 6_000_000
+    rounds = 40_000_000
     bench.put(COUNT)
     bench.regs[RIP], bench.regs[RCX], bench.regs[RAX], bench.regs[7] = CODE, rounds, 0, DATA
     done = threading.Event()
@@ -347,8 +349,7 @@ def test_stops_from_another_thread_repeat_no_instruction(bench: Bench) -> None:
     finally:
         done.set()
         thread.join()
-    assert runs > 100
-    assert stops > 1000
+    assert min(runs, stops) > 1000
     assert bench.regs[RAX] == rounds
     assert [bench.u64[DATA_PA // 8 + i] for i in range(3)] == [rounds] * 3
     assert bench.regs[RSP] == STACK - 0x100
@@ -488,6 +489,18 @@ def test_a_code_segment_after_restore_is_the_one_that_is_set(bench: Bench) -> No
     stack = STACK - 0x100
     bench.run(b"\x50\xcd\x30", rsp=stack)
     assert bench.regs[RSP] == stack - 4
+
+
+def test_a_far_jump_of_the_guests_own_doesnt_deceive_set_code_stack(bench: Bench) -> None:
+    """lretq into a 32-bit segment, by the guest alone; then the owner asks for the 64-bit segment it had set before."""
+    bench.put(b"\x50\xcd\x30", CODE + 0x100)  # push eax (rax); int 0x30
+    stack = STACK - 0x100
+    jump = b"\x6a\x23\x68" + struct.pack("<I", CODE + 0x100) + b"\x48\xcb"  # push 0x23; push CODE + 0x100; lretq
+    assert bench.run(jump, rsp=stack) == [("exception", 0x30, 0, CODE + 0x103, True)]
+    assert (bench.engine.segment(1), bench.regs[RSP]) == (0x23, stack - 4)
+    bench.engine.set_code_stack(0x33, CODE64, 0x2B, FLAT)
+    bench.run(b"\x50\xcd\x30", rsp=stack)
+    assert bench.regs[RSP] == stack - 8
 
 
 def test_restore_on_another_engine(bench: Bench) -> None:

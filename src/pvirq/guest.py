@@ -70,6 +70,14 @@ class CommandResult:
         return self.stdout.decode("utf-8", "replace")
 
 
+@dataclass
+class _Ports:
+    """Domain 0's ends of a guest's first two channels."""
+
+    store: int = 0
+    console: int = 0
+
+
 class Guest:
     """One guest of a host. Made by `Host.boot`; gone with `Host.destroy` or the host.
 
@@ -84,22 +92,31 @@ class Guest:
         self.name = name
         self.image: KernelImage | None = None
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
+        self.console = Console()
+        self._dom0_ports: _Ports | None = None
         self._waiting_for_agent = True
         self._commands = 0
-        self._released = False
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
     def start(self, image: KernelImage, initrd: bytes, append: str) -> None:
-        """Build the domain and connect it to domain 0 (as `xl create` does)."""
-        host, domain, machine = self.host, self.domain, self.machine
+        """Build the domain, and connect it to domain 0 where it isn't that itself (as `xl create` does)."""
         self.image = image
+        self.machine.on_console_io = self.console.put_direct
+        if not self.domain.domid:
+            builder.build(self.machine, image, initrd, append)
+            return
+        dom0, machine = self.host.dom0.domain, self.machine
         # In this order, for the guest's ports are 1 and 2.
-        machine.store_port = evtchn.alloc_unbound(self.host.dom0.domain, domain.domid, 0)
-        machine.console_port = evtchn.alloc_unbound(self.host.dom0.domain, domain.domid, 0)
+        machine.store_port = evtchn.alloc_unbound(dom0, self.domain.domid, 0)
+        machine.console_port = evtchn.alloc_unbound(dom0, self.domain.domid, 0)
         machine.uuid = uuid.UUID(self.uuid).bytes
         layout = builder.build(machine, image, initrd, append)
-        store_mfn, console_mfn = machine.mfn(layout.xenstore), machine.mfn(layout.console)
+        self._connect(machine.mfn(layout.xenstore), machine.mfn(layout.console), append)
+
+    def _connect(self, store_mfn: int, console_mfn: int, cmdline: str) -> None:
+        """Tell xenstore of the guest, and give the daemons of domain 0 their ends of its rings."""
+        host, domain, machine = self.host, self.domain, self.machine
         # Domain 0 has them mapped for as long as the guest lives: given back, they must not become another guest's.
         for mfn in (store_mfn, console_mfn):
             machine.tables.get_type(mfn, PGT_WRITABLE)
@@ -111,37 +128,31 @@ class Guest:
             host.store,
             toolstack.DomainInfo(
                 domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
-                store_mfn, machine.console_port, console_mfn, cmdline=append, uuid=self.uuid,
+                store_mfn, machine.console_port, console_mfn, cmdline=cmdline, uuid=self.uuid,
             ),
         )  # fmt: skip
-        page = domain.machine.page
-        ports: list[int] = []
-        ring = host.xenstored.introduce(
-            domain.domid, page(store_mfn), lambda: host.xenstored_events.notify(ports[0]) if ports else None
-        )
-        ports.append(
-            host.xenstored_events.bind_interdomain(domain.domid, machine.store_port, lambda _port: ring.service())
-        )
-        self.console = Console(page(console_mfn), lambda: host.xenconsoled_events.notify(self._console_port))
-        self._console_port = host.xenconsoled_events.bind_interdomain(
+        page, store_events, console_events = domain.machine.page, host.xenstored_events, host.xenconsoled_events
+        ports = _Ports()
+        ring = host.xenstored.introduce(domain.domid, page(store_mfn), lambda: store_events.notify(ports.store))
+        self.console.attach(page(console_mfn), lambda: console_events.notify(ports.console))
+        ports.store = store_events.bind_interdomain(domain.domid, machine.store_port, lambda _port: ring.service())
+        ports.console = console_events.bind_interdomain(
             domain.domid, machine.console_port, lambda _port: self.console.service()
         )
-        self._store_port = ports[0]
-        machine.on_console_io = self.console.put
+        self._dom0_ports = ports
 
     def release(self) -> None:
         """Take back what domain 0 holds of the guest; `Host.destroy` calls this."""
-        if self._released:
-            return
-        self._released = True
+        ports, self._dom0_ports = self._dom0_ports, None
         host = self.host
-        if hasattr(self, "_store_port"):
+        if ports is not None:
             self.console.service()
-            host.xenconsoled_events.unbind(self._console_port)
-            host.xenstored_events.unbind(self._store_port)
-            self.console.close()
+            host.xenconsoled_events.unbind(ports.console)
+            host.xenstored_events.unbind(ports.store)
             host.xenstored.release(self.domain.domid)
-        toolstack.remove_domain(host.store, self.domain.domid, self.uuid)
+        self.console.close()
+        if self.domain.domid:
+            toolstack.remove_domain(host.store, self.domain.domid, self.uuid)
 
     @property
     def ended(self) -> bool:

@@ -48,7 +48,10 @@ class Host:
         self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True, wallclock: float = 0,
         machine_memory: int = 16 << 30,
     ) -> None:  # fmt: skip
-        """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes."""
+        """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes.
+
+        With `dom0` false there is no modelled domain 0: the kernel that is booted then is domain 0 itself.
+        """
         self.engine_name = engine
         self.hypervisor = Hypervisor(Machine(machine_memory), Clock())
         self.clock = self.hypervisor.clock
@@ -96,13 +99,18 @@ class Host:
     ) -> Guest:  # fmt: skip
         """Build a guest that will start at its kernel's entry when the host next runs; `memory` in bytes.
 
+        In a host without a modelled domain 0 it becomes domain 0, privileged; there can be only that one.
+
         ImageError or BuildError, one line, for a kernel, initrd or size that can't work; EngineError where the
         engine can't.
         """
         image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
         data = initrd if isinstance(initrd, bytes) else _read_initrd(Path(initrd))
         try:
-            domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+            if self.has_dom0:
+                domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+            else:
+                domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
         except XenError as error:
             raise BuildError(error.why) from None
         try:

@@ -13,6 +13,7 @@ import pvirq
 from pvirq.cli.boot import boot
 from pvirq.cli.cache import cache, fetch
 from pvirq.cli.messages import Messages
+from pvirq.cli.terminal import OutputClosed
 
 EXIT_ERROR: Final = 1
 EXIT_BAD_INPUT: Final = 2
@@ -58,8 +59,8 @@ def run(args: list[str] | None = None) -> int:
         return _fail(_with_hint(error), EXIT_BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
         return EXIT_SIGNAL + SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has enough. What is still buffered must not raise again at exit.
+    except (OutputClosed, BrokenPipeError):
+        # What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGNAL + SIGPIPE
     except Exception as error:

@@ -12,7 +12,16 @@ from typing import Final
 from pvirq import crash
 from pvirq.cli import images
 from pvirq.cli.messages import Messages
-from pvirq.cli.terminal import ConsoleInput, Interrupted, Interrupts, Left, raw_terminal, terminal_size
+from pvirq.cli.terminal import (
+    ConsoleInput,
+    Interrupted,
+    Interrupts,
+    Left,
+    Newlines,
+    OutputClosed,
+    raw_terminal,
+    terminal_size,
+)
 from pvirq.engine import EngineError
 from pvirq.guest import Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
 from pvirq.host import Host
@@ -135,7 +144,7 @@ class Session:
         if sys.stdin.isatty():
             self.say.note("Ctrl-] leaves the guest")
         guest.host.on_turn, guest.host.idle = on_turn, keys.wait
-        guest.console.on_output(self._stdout)
+        guest.console.on_output(self._stdout if sys.stdin.isatty() else Newlines(self._stdout).feed)
         try:
             with raw_terminal(fd):
                 return self._wait(guest)
@@ -154,13 +163,14 @@ class Session:
         guest.host.on_turn = interrupts.check
         if self.options.timeout is None:
             guest.host.idle = idle
-        guest.console.on_output(self._stdout)
+        guest.console.on_output(Newlines(self._stdout).feed)
         return self._wait(guest)
 
     def _wait(self, guest: Guest) -> int:
         reason = guest.wait(self.options.timeout)
         if reason in ("crash", "watchdog"):
-            raise GuestCrashed(f"{guest.name} ended: {reason}")
+            detail = guest.machine.crash or ("its watchdog ended it" if reason == "watchdog" else "")
+            raise GuestCrashed(f"{guest.name} crashed{f': {detail}' if detail else ''}")
         if reason != "poweroff":
             self.say.note(f"the guest ended: {reason}; pvirq does not go on with it")
         return 0 if reason in ("poweroff", "reboot") else EXIT_ENDED
@@ -169,8 +179,11 @@ class Session:
 
     def _stdout(self, data: bytes) -> None:
         self.say.clear()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
 
     def _stderr(self, data: bytes) -> None:
         sys.stderr.buffer.write(data)

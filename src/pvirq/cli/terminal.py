@@ -36,6 +36,10 @@ class Left(BaseException):
     """The user left the console."""
 
 
+class OutputClosed(BaseException):
+    """Whoever read our standard output has enough."""
+
+
 class Interrupts:
     """While in use: SIGINT, SIGTERM and SIGHUP end the session at its next turn, with the terminal put in order.
 
@@ -102,6 +106,19 @@ def raw_terminal(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSAFLUSH, before)
 
 
+class Newlines:
+    """A guest's terminal output for anything but a raw terminal: its CR LF become LF, also across pieces."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._held = b""
+
+    def feed(self, data: bytes) -> None:
+        data = self._held + data
+        self._held = b"\r" if data.endswith(b"\r") else b""
+        self._write(data.removesuffix(b"\r").replace(b"\r\n", b"\n"))
+
+
 def terminal_size(fd: int) -> os.terminal_size | None:
     try:
         size = os.get_terminal_size(fd)
@@ -125,6 +142,7 @@ class ConsoleInput:
         self._next_look = 0
         self._last = b"\n"
         self._ended = False
+        self._slept = 0
 
     def pump(self) -> None:
         """Send what there is to read, without waiting; Left once the user leaves."""
@@ -156,7 +174,9 @@ class ConsoleInput:
             passed = self._interrupts.wait(ns, self._fd)
             self._next_look = 0
             return passed
-        if ns is None or ns >= END_AGAIN_NS:
+        ns = END_AGAIN_NS if ns is None else min(ns, END_AGAIN_NS)
+        self._slept += ns
+        if self._slept >= END_AGAIN_NS:
+            self._slept = 0
             self._send(END_OF_FILE)
-            return END_AGAIN_NS
         return ns

@@ -15,6 +15,7 @@ U32: Final = 0xFFFFFFFF
 
 # How much of a guest's output is kept when nobody takes it.
 BACKLOG: Final = 1 << 20
+ECHO_MAX: Final = 4096
 
 
 class Console:
@@ -23,14 +24,21 @@ class Console:
     `output` keeps the last BACKLOG bytes; `total` counts all there were. Listeners get each piece as it comes.
     """
 
-    def __init__(self, page: memoryview, notify: Callable[[], None]) -> None:
-        """`page` is the ring's frame in place; `notify` raises the guest's event channel."""
-        self._page = page
-        self._notify = notify
+    def __init__(self) -> None:
+        """Without a ring, as for a domain 0, until `attach`."""
+        self._page = memoryview(bytearray(4096))
+        self._notify: Callable[[], None] = lambda: None
         self._input = bytearray()
+        # What came one way and has not been seen coming the other (see `_merge`).
+        self._ring_only = bytearray()
+        self._direct_only = bytearray()
         self._listeners: list[Callable[[bytes], None]] = []
         self.output = bytearray()
         self.total = 0
+
+    def attach(self, page: memoryview, notify: Callable[[], None]) -> None:
+        """Serve the ring in `page`, a frame in place; `notify` raises the guest's event channel."""
+        self._page, self._notify = page, notify
 
     def _index(self, at: int) -> int:
         return int(struct.unpack_from("<I", self._page, at)[0])
@@ -48,13 +56,34 @@ class Console:
             first = bytes(self._page[OUT + start : OUT + min(start + size, OUT_SIZE)])
             rest = bytes(self._page[OUT : OUT + size - len(first)])
             struct.pack_into("<I", self._page, OUT_CONS, produced)
-            self.put(first + rest)
+            self._emit(self._merge(first + rest, self._ring_only, self._direct_only))
             moved = True
         if self._fill() or moved:
             self._notify()
 
-    def put(self, data: bytes) -> None:
-        """Output of the guest's that came by another way (HYPERVISOR_console_io)."""
+    def put_direct(self, data: bytes) -> None:
+        """Output of the guest's that came by HYPERVISOR_console_io."""
+        self._emit(self._merge(data, self._direct_only, self._ring_only))
+
+    @staticmethod
+    def _merge(data: bytes, mine: bytearray, other: bytearray) -> bytes:
+        """What of `data` is new: early in their lives, guests say the same both ways, not knowing which is heard."""
+        plain = data.replace(b"\r", b"")
+        if other:
+            if other.startswith(plain):
+                del other[: len(plain)]
+                return b""
+            if plain.startswith(bytes(other)):
+                plain = data = plain[len(other) :]
+            other.clear()
+        mine += plain
+        if len(mine) > ECHO_MAX:
+            mine.clear()
+        return data
+
+    def _emit(self, data: bytes) -> None:
+        if not data:
+            return
         self.total += len(data)
         self.output += data
         if len(self.output) > BACKLOG:
@@ -96,5 +125,5 @@ class Console:
 
     def close(self) -> None:
         """Let go of the guest's memory."""
-        self._page = memoryview(bytearray(4096))
+        self.attach(memoryview(bytearray(4096)), lambda: None)
         self._listeners.clear()

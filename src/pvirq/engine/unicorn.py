@@ -39,10 +39,15 @@ EFER: Final = 0xD01  # NXE LMA LME SCE
 
 HF_CPL: Final = 3
 HF_CS32, HF_SS32, HF_ADDSEG, HF_CS64 = 1 << 4, 1 << 5, 1 << 6, 1 << 15
+HF_MODE: Final = HF_CS32 | HF_SS32 | HF_ADDSEG | HF_CS64
 # In the upper half of a descriptor: granularity, default size, 64-bit code.
 DESC_G, DESC_B, DESC_L = 1 << 23, 1 << 22, 1 << 21
 
 CS, SS, FS, GS = 1, 2, 4, 5
+# Indexes of 32-bit items.
+HFLAGS: Final = layout.HFLAGS // 4
+CS_SELECTOR: Final = CpuState.segment_field(CS, 0) // 4
+SS_SELECTOR: Final = CpuState.segment_field(SS, 0) // 4
 STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
 
 CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
@@ -81,7 +86,7 @@ class UnicornEngine:
             for leaf in (*range(0x17), *range(0x80000000, 0x80000009))
             for subleaf in range(4 if leaf in CPUID_LEAVES_WITH_SUBLEAVES else 1)
         }
-        self._code_stack = (0, 0)
+        self._code_stack = (0, 0, 0, 0, 0)  # what set_code_stack loaded last: descriptors, mode, selectors
         self._calibrate_from = (time.monotonic_ns(), self.counter())
         self._alarm = Alarm(lambda: state.emu_stop(self._handle))
         self._stop_at: int | None = None
@@ -205,7 +210,7 @@ class UnicornEngine:
         self._uc.reg_write(x86.UC_X86_REG_CR4, CR4)
         self._uc.msr_write(MSR_EFER, EFER)
         self._uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE_PG_ETC)
-        self._u32[layout.HFLAGS // 4] |= HF_CPL
+        self._u32[HFLAGS] |= HF_CPL
 
     @property
     def fs_base(self) -> int:
@@ -246,24 +251,24 @@ class UnicornEngine:
 
     def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
         u32 = self._u32
-        if (
-            code,
-            stack,
-        ) == self._code_stack:  # kernel and user share flat segments: only the selectors differ
-            u32[layout.SEGMENTS // 4 + 6] = cs
-            u32[layout.SEGMENTS // 4 + 12] = ss
+        mode = code, stack, u32[HFLAGS] & HF_MODE, u32[CS_SELECTOR], u32[SS_SELECTOR]
+        if mode == self._code_stack:
+            # Kernel and user share flat segments: only the selectors differ. (The guest's own far jumps and moves to SS
+            # show in the mode or a selector.)
+            u32[CS_SELECTOR], u32[SS_SELECTOR] = cs, ss
+            self._code_stack = code, stack, mode[2], cs, ss
             return
-        self._code_stack = (code, stack)
         self._load(CS, cs, code)
         self._load(SS, ss, stack)
-        hflags = u32[layout.HFLAGS // 4] & ~(HF_CS32 | HF_SS32 | HF_ADDSEG | HF_CS64)
+        hflags = 0
         if code >> 32 & DESC_L:
             hflags |= HF_CS64 | HF_CS32 | HF_SS32
         else:
             hflags |= HF_ADDSEG
             hflags |= HF_CS32 if code >> 32 & DESC_B else 0
             hflags |= HF_SS32 if stack >> 32 & DESC_B else 0
-        u32[layout.HFLAGS // 4] = hflags
+        u32[HFLAGS] = u32[HFLAGS] & ~HF_MODE | hflags
+        self._code_stack = code, stack, hflags, cs, ss
 
     def set_segment(self, which: int, selector: int, descriptor: int) -> None:
         self._load(which, selector, descriptor)

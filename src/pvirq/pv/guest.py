@@ -20,6 +20,7 @@ from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import GuestCrash
 from pvirq.pv.pagetable import ACCESSED, ADDRESS, DIRTY, GUEST_KERNEL, NX, PSE, USER, XEN_SLOTS, PageTables
 from pvirq.pv.vcpu import PvVcpu
+from pvirq.xen import vtimer
 from pvirq.xen.domain import Domain, Vcpu
 from pvirq.xen.grant import GrantTable
 from pvirq.xen.memory import PGT_L4, PGT_WRITABLE
@@ -45,8 +46,8 @@ class PvGuest:
         """Give `domain` its RAM and an engine. EngineError or XenError(ENOMEM) where that can't be had."""
         self.domain = domain
         machine = domain.machine
-        self.frames = memory_bytes >> PAGE_SHIFT
-        self.max_frames = max(self.frames, max_memory_bytes >> PAGE_SHIFT)
+        domain.tot_pages = memory_bytes >> PAGE_SHIFT
+        domain.max_pages = max(domain.tot_pages, max_memory_bytes >> PAGE_SHIFT)
         self.memory_map = [(0, self.max_frames << PAGE_SHIFT, E820_RAM)]
         self.wallclock_ns = wallclock_ns
         self.uuid = bytes(16)
@@ -63,6 +64,7 @@ class PvGuest:
         self._xen_frames = [self.window.frames]
         self.tables = PageTables(domain, self._xen_slots(), self._flush_tlb)
         self.engine = open_engine(engine, machine.mem, _NOBODY)
+        domain.frame_written = self.engine.invalidate_code
         domain.grant_table = GrantTable(domain)
         self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]
         self.current = self.cpus[0]
@@ -88,6 +90,15 @@ class PvGuest:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
+    @property
+    def frames(self) -> int:
+        """How many frames of RAM the guest has now."""
+        return self.domain.tot_pages
+
+    @property
+    def max_frames(self) -> int:
+        return self.domain.max_pages
+
     def mfn(self, pfn: int) -> int:
         """The frame behind a page of the initial layout (before the guest moves any)."""
         return self.first_mfn + pfn
@@ -95,11 +106,6 @@ class PvGuest:
     def address(self, pfn: int) -> int:
         """The machine address of a page of the initial layout, in bytes."""
         return self.mfn(pfn) << PAGE_SHIFT
-
-    def is_xen_page(self, mfn: int) -> bool:
-        """A frame that Xen shares with the guest, and that the guest can't give away."""
-        table = self.domain.grant_table
-        return mfn == self.domain.shared_info_mfn or (table is not None and mfn in table.frames)
 
     def marked_nx(self, entry: int, index: int) -> bool:
         """The entry at `index` is still the one that the builder wrote, with its NX bit."""
@@ -223,6 +229,7 @@ class PvGuest:
         switched = cpu is not self.current
         self._load(cpu)
         self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
+        vtimer.resume_periodic(vcpu)
         try:
             if switched:
                 cpu.reload_segments()
@@ -231,6 +238,7 @@ class PvGuest:
         except GuestCrash as crash:
             self.crash = str(crash)
             self.domain.shutdown(SHUTDOWN_crash)
+        vtimer.suspend_periodic(vcpu)
         if not vcpu.up:
             self._change_runstate(cpu, vcpu_abi.RUNSTATE_offline)
         elif vcpu.blocked or vcpu.polling:

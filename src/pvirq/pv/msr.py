@@ -32,7 +32,6 @@ EFER_GUEST: Final = 0xD01  # NXE LMA LME SCE
 XEN_MSR_PAT: Final = 0x050100070406
 APIC_DEFAULT_PHYS_BASE: Final = 0xFEE00000
 APIC_BASE_ENABLE, APIC_BASE_BSP = 1 << 11, 1 << 8
-PLATFORM_INFO_CPUID_FAULTING: Final = 1 << 31
 # What MISC_ENABLE reads on the engine's CPU (fast strings), with the bits that Xen sets for a guest:
 # BTS and PEBS unavailable, xTPR messages disabled.
 MISC_ENABLE_GUEST: Final = 1 | 1 << 11 | 1 << 12 | 1 << 23
@@ -58,7 +57,7 @@ def read_msr(cpu: PvVcpu, number: int) -> int | None:
     if number == MSR_IA32_UCODE_REV:
         return 0
     if number == MSR_INTEL_PLATFORM_INFO:
-        return PLATFORM_INFO_CPUID_FAULTING
+        return 0  # no CPUID faulting for the guest's own use
     if number == MSR_INTEL_MISC_FEATURES_ENABLES:
         return 0
     if number == MSR_MISC_ENABLE:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.xen.domain import Domain
-from pvirq.xen.memory import PGT_L1, PGT_L2, PGT_L4, PGT_NONE, PGT_WRITABLE
+from pvirq.xen.memory import ABANDONED, PGT_L1, PGT_L2, PGT_L4, PGT_NONE, PGT_WRITABLE, PINNED
 
 PRESENT, RW, USER, PWT, PCD, ACCESSED, DIRTY, PSE, GLOBAL = (1 << i for i in range(9))
 PAT: Final = PSE  # bit 7 of a level-1 entry
@@ -44,10 +44,6 @@ FAST_L1: Final = FAST_TABLE | CACHE_ATTRIBUTES
 XEN_SLOTS: Final = range(256, 272)
 ENTRIES: Final = 512
 
-# Bits of Machine.pinned.
-PINNED: Final = 1
-ABANDONED: Final = 2  # given back by the guest, freed with its last reference
-
 Array = npt.NDArray[np.uint64]
 
 
@@ -55,13 +51,15 @@ class PageTables:
     """The frame types of one domain's pages, and every change to its page tables.
 
     `xen_slots` are the level-4 entries that each root table gets in XEN_SLOTS. `flush` is called when a frame that
-    was writable since the last TLB flush becomes a table or a descriptor page.
+    was writable since the last TLB flush becomes a table or a descriptor page, and as `Domain.flush_tlb`.
     """
 
     def __init__(self, domain: Domain, xen_slots: list[int], flush: Callable[[], None]) -> None:
         machine = domain.machine
         self._machine = machine
+        self._domain = domain
         self._domid = domain.domid
+        self._foreign = domain.foreign
         self._frames = machine.frames
         self._u64 = machine.u64
         self._np_u64 = machine.np_u64
@@ -73,7 +71,7 @@ class PageTables:
         )
         self._pinned = machine.pinned
         self._xen_slots = xen_slots
-        self._flush = flush
+        self._flush = domain.flush_tlb = flush
         self._l1_disallow = L1_DISALLOW if not domain.privileged else L1_DISALLOW & ~CACHE_ATTRIBUTES
         # Frames whose last writable mapping went away since the TLB was flushed: it may still hold that mapping.
         self.stale: set[int] = set()
@@ -135,10 +133,8 @@ class PageTables:
             self._free(mfn)
 
     def _free(self, mfn: int) -> None:
-        # Or the CPU could go on using, by a translation that it remembers, what is somebody else's by then.
-        self._flush()
+        self._domain.hypervisor.free_frame(mfn)
         self.stale.discard(mfn)
-        self._machine.free(mfn)
 
     def release(self, mfn: int) -> None:
         """The guest gives a frame of its own back: at once, or with its last reference (guest_remove_page)."""
@@ -232,6 +228,11 @@ class PageTables:
             return
         mfns = ((entries & np.uint64(ADDRESS)) >> np.uint64(12)).astype(np.int64)
         machine = self._machine
+        if self._foreign:
+            foreign = machine.np_owner[mfns] != self._domid
+            for entry in entries[foreign].tolist():
+                self.put_l1_entry(entry)
+            entries, mfns = entries[~foreign], mfns[~foreign]
         writable = mfns[(entries & np.uint64(RW)) != 0]
         np.subtract.at(machine.np_type_count, writable, 1)
         np.subtract.at(machine.np_refs, mfns, 1)
@@ -302,6 +303,10 @@ class PageTables:
     def put_l1_entry(self, entry: int) -> None:
         """Drop what a present level-1 entry mapped (put_page_from_l1e)."""
         mfn = (entry & ADDRESS) >> 12
+        if self._foreign and mfn in self._foreign:
+            self._flush()  # it was there by a grant: neither owner nor next owner may find it still mapped
+            self._domain.put_granted(mfn, bool(entry & RW))
+            return
         refs = self._refs[mfn] - 1
         self._refs[mfn] = refs
         if entry & RW:
@@ -328,6 +333,16 @@ class PageTables:
                 return
             self.get_l1_entry(new)
         u64[index] = new | old & (ACCESSED | DIRTY) if preserve_ad else new
+        if old & PRESENT:
+            self.put_l1_entry(old)
+
+    def set_granted(self, index: int, new: int) -> None:
+        """Map a granted frame, or map nothing any more, by the level-1 entry at `index`.
+
+        The references that `new` needs are taken already; those of the old entry are dropped.
+        """
+        old = self._u64[index]
+        self._u64[index] = new
         if old & PRESENT:
             self.put_l1_entry(old)
 

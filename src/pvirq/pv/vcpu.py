@@ -56,9 +56,10 @@ from pvirq.engine.protocol import (
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
 from pvirq.pv.cpuid import guest_cpuid
-from pvirq.pv.hypercalls.protocol import GuestCrash
+from pvirq.pv.hypercalls.protocol import GuestCrash, Preempted
 from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW
 from pvirq.xen.domain import Vcpu
+from pvirq.xen.vtimer import DEFAULT_PERIOD
 
 if TYPE_CHECKING:
     from pvirq.pv.guest import PvGuest
@@ -74,6 +75,7 @@ FLAGS_CLEARED_ON_TRAP: Final = FLAG_AC | FLAG_VM | FLAG_RF | FLAG_NT | FLAG_TF
 PFEC_PRESENT, PFEC_WRITE, PFEC_USER, PFEC_RESERVED, PFEC_FETCH = 1, 2, 4, 8, 16
 
 SYSCALL_LENGTH: Final = 2
+ARGUMENT_REGISTERS: Final = (RDI, RSI, RDX, R10, R8, R9)
 DR6_SINGLE_STEP: Final = 1 << 14
 DIRECTMAP_VIRT_START: Final = 0xFFFF_8300_0000_0000
 
@@ -133,6 +135,7 @@ class PvVcpu:
         self.runstate_since = 0
         self.runstate_times = [0, 0, 0, 0]
         self.hypercalls = guest.hypercalls
+        vcpu.periodic_ns = DEFAULT_PERIOD
 
     # -- guest memory ------------------------------------------------------------------------------------------------
 
@@ -347,13 +350,20 @@ class PvVcpu:
                 result = handler(self, regs[RDI], regs[RSI], regs[RDX], regs[R10], regs[R8], regs[R9])
         except XenError as error:
             result = -error.errno
+        except Preempted as rest:
+            for register, value in zip(ARGUMENT_REGISTERS, rest.arguments, strict=False):
+                regs[register] = value & M64
+            result, rip = number, rip - SYSCALL_LENGTH
         except IndexError:
             if number < len(self.hypercalls):
                 raise
             result = -Errno.ENOSYS
         regs[RAX] = result & M64
-        # What SYSCALL did in the guest's registers.
-        regs[RCX], regs[R11] = rip, self.engine.rflags
+        # What SYSCALL did to the guest's registers.
+        engine = self.engine
+        regs[RCX], regs[R11] = rip, engine.rflags
+        if engine.segment(1) != FLAT_KERNEL_CS:
+            engine.set_code_stack(FLAT_KERNEL_CS, descriptors.CODE64, FLAT_KERNEL_SS, descriptors.DATA)
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)

@@ -20,7 +20,7 @@ from pvirq.abi.xen import (
     VCPU_INFO_UPCALL_MASK,
     XEN_LEGACY_MAX_VCPUS,
 )
-from pvirq.xen.memory import Machine
+from pvirq.xen.memory import ABANDONED, PGT_NONE, PGT_WRITABLE, Machine
 from pvirq.xen.timer import Clock, Timer
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Vcpu:
     """
 
     __slots__ = (
-        "blocked", "domain", "info", "periodic_ns", "periodic_timer", "pinned", "poll_port", "poll_timer", "polling",
+        "blocked", "domain", "info", "periodic_last", "periodic_ns", "periodic_timer", "pinned", "poll_port", "poll_timer", "polling",
         "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn",
     )  # fmt: skip
 
@@ -52,6 +52,7 @@ class Vcpu:
         self.pinned = False  # SCHEDOP_pin_override holds it on a physical CPU
         self.virq_to_evtchn = [0] * NR_VIRQS
         self.periodic_ns = 0
+        self.periodic_last = 0  # when it last raised an event
         self.periodic_timer: Timer | None = None
         self.singleshot_timer: Timer | None = None
 
@@ -81,7 +82,12 @@ class Vcpu:
 
 
 class Domain:
-    """A domain: its id, privilege, shared_info, vCPUs and event channels."""
+    """A domain: its id, privilege, shared_info, vCPUs and event channels.
+
+    `tot_pages` counts the frames of RAM that it has, `max_pages` those that it may have. `foreign` are the frames of
+    other domains that it holds by their grants: mfn -> [references, how many of them to write]. `flush_tlb` and
+    `frame_written` (machine address, size) tell its CPUs of what others do to its memory.
+    """
 
     def __init__(
         self,
@@ -110,6 +116,11 @@ class Domain:
         self.paused = False
         self.dying = False
         self.grant_table: GrantTable | None = None
+        self.tot_pages = 0
+        self.max_pages = 0
+        self.foreign: dict[int, list[int]] = {}
+        self.flush_tlb: Callable[[], None] = lambda: None
+        self.frame_written: Callable[[int, int], None] = lambda address, size: None
         self.shutdown_code: int | None = None  # latched by SCHEDOP_shutdown_code for a shutdown still to come
         self.shutdown_reason: int | None = None
         self.watchdogs: list[Timer | None] = [None, None]  # SCHEDOP_watchdog, by id - 1; None: not in use
@@ -128,6 +139,53 @@ class Domain:
         if 0 <= vcpu_id < len(self.vcpus):
             return self.vcpus[vcpu_id]
         raise XenError(Errno.ENOENT, f"no vCPU {vcpu_id}")
+
+    def is_special_page(self, mfn: int) -> bool:
+        """A page of Xen's own that it shares with the domain: it can be mapped, and not given away."""
+        table = self.grant_table
+        if mfn == self.shared_info_mfn:
+            return True
+        return table is not None and (mfn in table.frames or mfn in table.status_frames)
+
+    # -- granted frames --------------------------------------------------------------------------------------------
+
+    def get_granted(self, mfn: int, writable: bool) -> None:
+        """Hold a granted frame, another domain's or its own.
+
+        XenError(EBUSY) to write one that is a page table or descriptor page.
+        """
+        machine = self.machine
+        if writable:
+            if machine.type_count[mfn] and machine.type[mfn] != PGT_WRITABLE:
+                raise XenError(Errno.EBUSY, f"mfn {mfn:#x} is a page table or descriptor page")
+            machine.type[mfn] = PGT_WRITABLE
+            machine.type_count[mfn] += 1
+        machine.refs[mfn] += 1
+        if machine.owner[mfn] != self.domid:
+            held = self.foreign.setdefault(mfn, [0, 0])
+            held[0] += 1
+            held[1] += writable
+
+    def put_granted(self, mfn: int, writable: bool) -> None:
+        """Let go of it. No translation of it may be left in this domain's TLBs by now."""
+        machine = self.machine
+        held = self.foreign.get(mfn)
+        if held is not None:
+            held[0] -= 1
+            held[1] -= writable
+            if not held[0]:
+                del self.foreign[mfn]
+        machine.refs[mfn] -= 1
+        if writable:
+            machine.type_count[mfn] -= 1
+        if machine.type_count[mfn]:
+            return
+        if writable:
+            owner = self.hypervisor.domain_or_zombie(machine.owner[mfn])
+            if owner is not None:
+                owner.flush_tlb()  # its own mappings were no longer the last: they may linger there
+        if not machine.refs[mfn] and machine.pinned[mfn] & ABANDONED:
+            self.hypervisor.free_frame(mfn)
 
     def shutdown(self, reason: int) -> None:
         """SCHEDOP_shutdown: the domain stops, with its reason kept for the toolstack (domain_shutdown).
@@ -156,6 +214,7 @@ class Hypervisor:
         self.machine = machine or Machine()
         self.clock = clock or Clock()
         self.domains: dict[int, Domain] = {}
+        self.zombies: dict[int, Domain] = {}  # destroyed, but others still map frames of theirs
         self.global_virq_handlers: dict[int, Domain] = {}  # virq -> domain; domain 0 where absent
         self.on_wake: Callable[[Vcpu], None] = lambda vcpu: None
         self.on_shutdown: Callable[[Domain], None] = lambda domain: None
@@ -171,8 +230,8 @@ class Hypervisor:
     ) -> Domain:
         """Add a domain under `domid`, or the next free id from 1 up. XenError(EEXIST) where the id is taken."""
         if domid is None:
-            domid = next(i for i in range(1, DOMID_FIRST_RESERVED) if i not in self.domains)
-        if domid in self.domains:
+            domid = next(i for i in range(1, DOMID_FIRST_RESERVED) if not self.domain_or_zombie(i))
+        if self.domain_or_zombie(domid):
             raise XenError(Errno.EEXIST, f"domain {domid} exists")
         domain = Domain(self, domid, privileged=privileged, vcpus=vcpus, max_evtchns=max_evtchns, word_bits=word_bits)
         self.domains[domid] = domain
@@ -187,8 +246,25 @@ class Hypervisor:
             raise XenError(Errno.ESRCH, f"no domain {domid:#x}")
         return domain
 
+    def domain_or_zombie(self, domid: int) -> Domain | None:
+        """A domain, be it one that was destroyed and only lives on in others' mappings of its frames."""
+        return self.domains.get(domid) or self.zombies.get(domid)
+
+    def free_frame(self, mfn: int) -> None:
+        """A frame of a domain's has lost its last reference (free_domheap_page)."""
+        owner = self.domain_or_zombie(self.machine.owner[mfn])
+        if owner is not None:
+            owner.flush_tlb()  # or it could go on using, by a translation it remembers, what is somebody else's by then
+            owner.tot_pages -= 1
+            if owner.dying and not owner.tot_pages:
+                self.zombies.pop(owner.domid, None)
+        self.machine.free(mfn)
+
     def destroy_domain(self, domain: Domain) -> None:
-        """End a domain: its event channels close both ends, its timers stop, its frames are free again."""
+        """End a domain: its event channels close both ends, its timers stop, its frames are free again.
+
+        Those of its frames that others have mapped stay until they unmap them, and so does its id (a zombie).
+        """
         domain.dying = True
         domain.paused = True
         timers = list(domain.watchdogs)
@@ -198,5 +274,31 @@ class Hypervisor:
             if timer is not None:
                 timer.cancel()
         domain.evtchn.destroy()
-        self.machine.free_all_of(domain.domid)
+        if domain.grant_table is not None:
+            domain.grant_table.maptrack.release_all()
+        for mfn, (references, writable) in list(domain.foreign.items()):
+            for i in range(references):
+                domain.put_granted(mfn, i < writable)
         del self.domains[domain.domid]
+        self._free_frames_of(domain)
+
+    def _free_frames_of(self, domain: Domain) -> None:
+        machine = self.machine
+        held: dict[int, list[int]] = {}
+        for other in self.domains.values():
+            for mfn, (references, writable) in other.foreign.items():
+                if machine.owner[mfn] == domain.domid:
+                    total = held.setdefault(mfn, [0, 0])
+                    total[0] += references
+                    total[1] += writable
+        domain.flush_tlb = lambda: None
+        domain.frame_written = lambda address, size: None
+        machine.free_all_of(domain.domid, held)
+        for mfn, (references, writable) in held.items():
+            machine.refs[mfn] = references
+            machine.type_count[mfn] = writable
+            machine.type[mfn] = PGT_WRITABLE if writable else PGT_NONE
+            machine.pinned[mfn] = ABANDONED
+        domain.tot_pages = len(held)
+        if held:
+            self.zombies[domain.domid] = domain

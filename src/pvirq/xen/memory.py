@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left, insort
+from collections.abc import Collection
 
 import numpy as np
 
@@ -30,6 +31,10 @@ PGT_L4 = 4
 PGT_SEG_DESC = 5
 PGT_WRITABLE = 7
 
+# Bits of Machine.pinned.
+PINNED = 1
+ABANDONED = 2  # no longer its owner's to use: freed with its last reference
+
 # The first frames stay unused, so that a zero mfn is never valid and low addresses in a guest fault.
 FIRST_MFN = 0x100
 
@@ -39,8 +44,8 @@ class Machine:
 
     `mem`, `u32` and `u64` are views of the same bytes; index = machine address // item size.
     `owner[mfn]` is a domain id (DOMID_INVALID: free; DOMID_XEN: the hypervisor's own), `type[mfn]` a PGT_*,
-    `type_count[mfn]` its type references, `refs[mfn]` its mappings of any kind, `pinned[mfn]` 1 where the guest
-    holds a pin (MMUEXT_PIN_*).
+    `type_count[mfn]` its type references, `refs[mfn]` its mappings of any kind, `pinned[mfn]` has PINNED where the
+    guest holds a pin (MMUEXT_PIN_*).
     """
 
     def __init__(self, size: int = 16 << 30) -> None:
@@ -67,11 +72,15 @@ class Machine:
         self.m2p_mfn = self.alloc(-(-self.frames // 512), align=512)
         self.m2p = self.u64[self.m2p_mfn << 9 : (self.m2p_mfn << 9) + self.frames]
 
-    def alloc(self, count: int, owner: int = DOMID_XEN, align: int = 1) -> int:
-        """Take `count` contiguous zeroed frames for `owner` and return the first mfn. XenError(ENOMEM) if none."""
+    def alloc(self, count: int, owner: int = DOMID_XEN, align: int = 1, below: int | None = None) -> int:
+        """Take `count` contiguous zeroed frames for `owner` and return the first mfn. XenError(ENOMEM) if none.
+
+        All of them are below mfn `below`, where one is given.
+        """
+        limit = self.frames if below is None else below
         for i, (start, length) in enumerate(self._free):
             first = (start + align - 1) // align * align
-            if first + count > start + length:
+            if first + count > min(start + length, limit):
                 continue
             parts = [(start, first - start), (first + count, start + length - first - count)]
             self._free[i : i + 1] = [part for part in parts if part[1]]
@@ -102,9 +111,11 @@ class Machine:
                 if start + length == after:
                     self._free[j : j + 2] = [(start, length + more)]
 
-    def free_all_of(self, owner: int) -> None:
-        """Give back every frame of a domain that has ended."""
-        mfns = np.flatnonzero(self.np_owner == owner)
+    def free_all_of(self, owner: int, keep: Collection[int] = ()) -> None:
+        """Give back every frame of a domain that has ended, but those in `keep`."""
+        mine = self.np_owner == owner
+        mine[list(keep)] = False
+        mfns = np.flatnonzero(mine)
         if not len(mfns):
             return
         for run in np.split(mfns, np.flatnonzero(np.diff(mfns) != 1) + 1):

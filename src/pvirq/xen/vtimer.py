@@ -10,6 +10,7 @@ from pvirq.xen import evtchn
 from pvirq.xen.domain import Vcpu
 
 MILLISECOND: Final = 1_000_000
+DEFAULT_PERIOD: Final = 10 * MILLISECOND  # of a new PV vCPU (pv_vcpu_initialise)
 STIME_DELTA_MAX: Final = ((1 << 63) - 1) >> 2
 HUGE_TIMEOUT: Final = 1 << 50
 
@@ -54,19 +55,25 @@ def set_periodic(vcpu: Vcpu, period: int) -> None:
     """VCPUOP_set_periodic_timer, in ns; 0 stops it. XenError(EINVAL) under 1 ms or beyond 73 years."""
     if period and not MILLISECOND <= period <= STIME_DELTA_MAX:
         raise XenError(Errno.EINVAL, f"timer period of {period} ns")
+    suspend_periodic(vcpu)
+    vcpu.periodic_ns = period
+    resume_periodic(vcpu)
+
+
+def resume_periodic(vcpu: Vcpu) -> None:
+    """The vCPU's turn begins, or a period is over (vcpu_periodic_timer_work): an event where one is due."""
+    if not vcpu.periodic_ns:
+        return
+    clock = vcpu.domain.hypervisor.clock
+    now = clock.now()
+    if now >= vcpu.periodic_last + vcpu.periodic_ns:
+        vcpu.periodic_last = now
+        send_timer_event(vcpu)
+    vcpu.periodic_timer = clock.at(vcpu.periodic_last + vcpu.periodic_ns, lambda: resume_periodic(vcpu))
+
+
+def suspend_periodic(vcpu: Vcpu) -> None:
+    """The vCPU's turn ends. The timer stands still while it doesn't run: a guest that blocks on it never wakes."""
     if vcpu.periodic_timer is not None:
         vcpu.periodic_timer.cancel()
         vcpu.periodic_timer = None
-    vcpu.periodic_ns = period
-    if period:
-        _arm_periodic(vcpu)
-
-
-def _arm_periodic(vcpu: Vcpu) -> None:
-    clock = vcpu.domain.hypervisor.clock
-
-    def fire() -> None:
-        send_timer_event(vcpu)
-        _arm_periodic(vcpu)
-
-    vcpu.periodic_timer = clock.at(clock.now() + vcpu.periodic_ns, fire)

@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from pvirq.abi import grant_table as abi
 from pvirq.abi.errno import Errno, XenError
-from pvirq.abi.xen import DOMID_SELF, PAGE_SIZE
+from pvirq.abi.xen import DOMID_SELF
+from pvirq.pv.grant_map import PvMapper
+from pvirq.pv.hypercalls.protocol import Preempted, handle_okay
+from pvirq.xen import grant_copy, grant_transfer
 from pvirq.xen.domain import Domain
-from pvirq.xen.grant import ENTRIES_PER_FRAME, GrantError, GrantTable
-from pvirq.xen.memory import PGT_NONE, PGT_WRITABLE
+from pvirq.xen.grant import GrantError, GrantTable
+from pvirq.xen.grant_map import Unmapped, map_grant, unmap_grant
 
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
 
-LONGEST_BATCH: Final = 1 << 16
+COMMAND_MASK: Final = 0xFFF
+UNMAP_BATCH: Final = 32  # unmaps between two TLB flushes (GNTTAB_UNMAP_BATCH_SIZE)
+PREEMPT_AFTER: Final = 1024  # operations in one go
 
 
 def grant_table_op(cpu: PvVcpu, command: int, operations: int, count: int) -> int:
@@ -24,6 +29,9 @@ def grant_table_op(cpu: PvVcpu, command: int, operations: int, count: int) -> in
     command, count = command & 0xFFFFFFFF, count & 0xFFFFFFFF
     if count >> 31:
         return -Errno.EINVAL
+    if command & ~COMMAND_MASK and command & COMMAND_MASK != abi.GNTTABOP_cache_flush:
+        return -Errno.EINVAL
+    command &= COMMAND_MASK
     single = _SINGLE.get(command)
     if single is not None:
         if command not in _WITHOUT_COUNT and count != 1:
@@ -32,43 +40,31 @@ def grant_table_op(cpu: PvVcpu, command: int, operations: int, count: int) -> in
     batch = _BATCH.get(command)
     if batch is None:
         return -Errno.ENOSYS
-    size, work = batch
-    if operations + count * size > 1 << 64 or count > LONGEST_BATCH:
+    if not handle_okay(operations):
         return -Errno.EFAULT
-    for i in range(count):
-        result = work(cpu, operations + i * size)
-        if result:
-            return result
-    return 0
+    size, work = batch
+    done = min(count, PREEMPT_AFTER)
+    result = work(cpu, operations, done)
+    if not result and done < count:
+        raise Preempted(command, operations + done * size, count - done)
+    return result
 
 
-def _target(cpu: PvVcpu, domid: int) -> Domain:
-    if domid == DOMID_SELF:
-        return cpu.domain
-    target = cpu.domain.hypervisor.domains.get(domid)
-    if target is None:
-        raise GrantError(abi.GNTST_bad_domain)
-    if target is not cpu.domain and not cpu.domain.privileged:
-        raise GrantError(abi.GNTST_permission_denied)
-    return target
+def _one_by_one(size: int, status_at: int, work: Callable[[PvVcpu, bytes], None]) -> tuple[int, Batch]:
+    """An operation of `size` bytes whose only result is the status at offset `status_at`."""
 
+    def run(cpu: PvVcpu, va: int, count: int) -> int:
+        for at in range(va, va + count * size, size):
+            data = cpu.read(at, size)
+            status = abi.GNTST_okay
+            try:
+                work(cpu, data)
+            except GrantError as error:
+                status = error.status
+            cpu.write(at + status_at, struct.pack("<h", status))
+        return 0
 
-def _setup_table(cpu: PvVcpu, va: int) -> int:
-    domid, frames, frame_list = struct.unpack("<HxxIxxxxxxxxQ", cpu.read(va, 24))
-    status = abi.GNTST_okay
-    try:
-        table = _table(_target(cpu, domid))
-        if frames > table.max_frames:
-            raise GrantError(abi.GNTST_general_error)
-        table.grow(frames)
-        try:
-            cpu.write(frame_list, struct.pack(f"<{frames}Q", *table.frames[:frames]))
-        except XenError:
-            status = abi.GNTST_bad_virt_addr
-    except GrantError as error:
-        status = error.status
-    cpu.write(va + 8, struct.pack("<h", status))
-    return 0
+    return size, run
 
 
 def _table(domain: Domain) -> GrantTable:
@@ -78,139 +74,205 @@ def _table(domain: Domain) -> GrantTable:
     return table
 
 
-def _query_size(cpu: PvVcpu, va: int) -> int:
-    (domid,) = struct.unpack("<H", cpu.read(va, 2))
-    frames = most = 0
+def _target(cpu: PvVcpu, domid: int) -> GrantTable:
+    """The table of a domain that the caller may manage: its own, or any for a privileged one."""
+    target = cpu.domain if domid == DOMID_SELF else cpu.domain.hypervisor.domain_or_zombie(domid)
+    if target is None:
+        raise GrantError(abi.GNTST_bad_domain)
+    if target is not cpu.domain and not cpu.domain.privileged:
+        raise GrantError(abi.GNTST_permission_denied)
+    return _table(target)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------------
+
+
+def _setup_table(cpu: PvVcpu, va: int) -> int:
+    domid, count, frame_list = struct.unpack("<HxxIxxxxxxxxQ", cpu.read(va, 24))
+    if not handle_okay(frame_list):
+        return -Errno.EFAULT
     status = abi.GNTST_okay
     try:
-        table = _table(_target(cpu, domid))
-        frames, most = len(table.frames), table.max_frames
+        table = _target(cpu, domid)
+        try:
+            table.grow(count)
+        except XenError:
+            raise GrantError(abi.GNTST_general_error) from None
+        status = _write_frames(cpu, frame_list, table.frames[:count])
     except GrantError as error:
         status = error.status
-    cpu.write(va + 4, struct.pack("<IIh", frames, most, status))
+    cpu.write(va + 8, struct.pack("<h", status))
+    return 0
+
+
+def _write_frames(cpu: PvVcpu, va: int, frames: list[int]) -> int:
+    try:
+        cpu.write(va, struct.pack(f"<{len(frames)}Q", *frames))
+    except XenError:
+        return abi.GNTST_bad_virt_addr
+    return abi.GNTST_okay
+
+
+def _query_size(cpu: PvVcpu, va: int) -> int:
+    domid, frames, most, status = struct.unpack("<HxxIIhxx", cpu.read(va, 16))
+    try:
+        table = _target(cpu, domid)
+        frames, most, status = len(table.frames), table.max_frames, abi.GNTST_okay
+    except GrantError as error:
+        status = error.status
+    cpu.write(va, struct.pack("<HxxIIhxx", domid, frames, most, status))
     return 0
 
 
 def _set_version(cpu: PvVcpu, va: int) -> int:
     (version,) = struct.unpack("<I", cpu.read(va, 4))
-    if version not in (1, 2):
-        return -Errno.EINVAL
-    if version == 2:
-        return -Errno.ENOSYS
-    cpu.write(va, struct.pack("<I", 1))
-    return 0
+    table, result = _table(cpu.domain), 0
+    try:
+        table.set_version(version)
+    except XenError as error:
+        result = -error.errno
+    cpu.write(va, struct.pack("<I", table.version))
+    return result
 
 
 def _get_version(cpu: PvVcpu, va: int) -> int:
-    (domid,) = struct.unpack("<H", cpu.read(va, 2))
+    (domid,) = struct.unpack("<H", cpu.read(va, 8)[:2])
     try:
-        table = _table(_target(cpu, domid))
+        table = _target(cpu, domid)
     except GrantError as error:
         return -Errno.ESRCH if error.status == abi.GNTST_bad_domain else -Errno.EPERM
     cpu.write(va + 4, struct.pack("<I", table.version))
     return 0
 
 
-def _status_frames(cpu: PvVcpu, va: int) -> int:
-    cpu.read(va, 24)
-    cpu.write(va + 8, struct.pack("<h", abi.GNTST_general_error))  # version 2 only
-    return 0
-
-
-def _swap(cpu: PvVcpu, va: int) -> int:
-    a, b = struct.unpack("<II", cpu.read(va, 8))
-    table = _table(cpu.domain)
-    status = abi.GNTST_okay
-    limit = len(table.frames) * ENTRIES_PER_FRAME
-    if a >= limit or b >= limit:
-        status = abi.GNTST_bad_gntref
-    elif a != b:
-        mem = cpu.domain.machine.mem
-        at = [(table.frames[g // ENTRIES_PER_FRAME] << 12) + g % ENTRIES_PER_FRAME * 8 for g in (a, b)]
-        first, second = (bytes(mem[x : x + 8]) for x in at)
-        mem[at[0] : at[0] + 8], mem[at[1] : at[1] + 8] = second, first
-    cpu.write(va + 8, struct.pack("<h", status))
-    return 0
-
-
-def _map(cpu: PvVcpu, va: int) -> int:
-    """Mapping into a real guest's address space belongs to back ends in real guests, of which there are none yet."""
-    host_address, flags, ref, dom = struct.unpack("<QIIH", cpu.read(va, 18))
-    del host_address, flags, ref
-    status = abi.GNTST_general_error
-    if dom != DOMID_SELF and dom not in cpu.domain.hypervisor.domains:
-        status = abi.GNTST_bad_domain
-    cpu.write(va + 20, struct.pack("<h", status))
-    return 0
-
-
-def _unmap(cpu: PvVcpu, va: int) -> int:
-    cpu.read(va, 24)
-    cpu.write(va + 20, struct.pack("<h", abi.GNTST_bad_handle))
-    return 0
-
-
-def _transfer(cpu: PvVcpu, va: int) -> int:
-    cpu.read(va, 24)
-    cpu.write(va + 16, struct.pack("<h", abi.GNTST_general_error))
-    return 0
-
-
-def _copy(cpu: PvVcpu, va: int) -> int:
-    """GNTTABOP_copy: between frames named by reference or, one's own, by number; within one page each."""
-    data = cpu.read(va, 40)
-    status = abi.GNTST_okay
+def _get_status_frames(cpu: PvVcpu, va: int) -> int:
+    count, domid, frame_list = struct.unpack("<IHxxQ", cpu.read(va, 16))
+    if not handle_okay(frame_list):
+        return -Errno.EFAULT
     try:
-        _copy_one(cpu, data)
+        table = _target(cpu, domid)
+        if count > len(table.status_frames):
+            raise GrantError(abi.GNTST_general_error)
+        status = _write_frames(cpu, frame_list, table.status_frames[:count])
     except GrantError as error:
         status = error.status
-    cpu.write(va + 36, struct.pack("<h", status))
+    cpu.write(va + 6, struct.pack("<h", status))
     return 0
 
 
-def _copy_one(cpu: PvVcpu, data: bytes) -> None:
+def _swap(cpu: PvVcpu, data: bytes) -> None:
+    a, b = struct.unpack_from("<II", data)
+    _table(cpu.domain).swap(a, b)
+
+
+# -- mappings -----------------------------------------------------------------------------------------------------------
+
+
+def _map(cpu: PvVcpu, va: int, count: int) -> int:
+    mapper = PvMapper(cpu)
+    for at in range(va, va + count * 32, 32):
+        address, flags, ref, domid, _, handle, bus = struct.unpack("<QIIHHIQ", cpu.read(at, 32))
+        status = abi.GNTST_okay
+        try:
+            handle, mfn = map_grant(_table(cpu.domain), mapper, cpu.vcpu.vcpu_id, address, flags, ref, domid)
+            bus = mfn << 12
+        except GrantError as error:
+            status = error.status
+        cpu.write(at, struct.pack("<QIIHhIQ", address, flags, ref, domid, status, handle, bus))
+    return 0
+
+
+def _unmap(cpu: PvVcpu, va: int, count: int) -> int:
+    return _unmap_all(cpu, va, count, 20, replace=False)
+
+
+def _unmap_and_replace(cpu: PvVcpu, va: int, count: int) -> int:
+    return _unmap_all(cpu, va, count, 20, replace=True)
+
+
+def _unmap_all(cpu: PvVcpu, va: int, count: int, status_at: int, replace: bool) -> int:
+    """What was unmapped is given back only after a TLB flush, of which there is one for a number of operations."""
+    mapper, table = PvMapper(cpu), _table(cpu.domain)
+    for first in range(0, count, UNMAP_BATCH):
+        unmapped: list[Unmapped] = []
+        try:
+            for i in range(first, min(first + UNMAP_BATCH, count)):
+                at = va + i * 24
+                address, other, handle = struct.unpack("<QQIxxxx", cpu.read(at, 24))
+                status = abi.GNTST_okay
+                try:
+                    if replace:
+                        unmapped.append(unmap_grant(table, mapper, handle, address, new_address=other))
+                    else:
+                        unmapped.append(unmap_grant(table, mapper, handle, address, other))
+                except GrantError as error:
+                    status = error.status
+                cpu.write(at + status_at, struct.pack("<h", status))
+        finally:
+            cpu.flush_tlb()
+            for mapping in unmapped:
+                mapping.complete()
+    return 0
+
+
+# -- contents -----------------------------------------------------------------------------------------------------------
+
+
+def _copy(cpu: PvVcpu, data: bytes) -> None:
     source, source_domid, source_offset, dest, dest_domid, dest_offset, length, flags = struct.unpack_from(
         "<QHHxxxxQHHxxxxHH", data
     )
-    if source_offset + length > PAGE_SIZE or dest_offset + length > PAGE_SIZE:
-        raise GrantError(abi.GNTST_bad_copy_arg)
+    grant_copy.copy(
+        cpu.domain,
+        grant_copy.Side(source, source_domid, source_offset, bool(flags & abi.GNTCOPY_source_gref)),
+        grant_copy.Side(dest, dest_domid, dest_offset, bool(flags & abi.GNTCOPY_dest_gref)),
+        length,
+    )
+
+
+def _transfer(cpu: PvVcpu, data: bytes) -> None:
+    mfn, domid, ref = struct.unpack_from("<QHxxI", data)
+    grant_transfer.transfer(cpu.domain, mfn, domid, ref)
+
+
+def _cache_flush(cpu: PvVcpu, va: int, count: int) -> int:
+    """Caches are coherent here, so that only the arguments are looked at (_cache_flush)."""
     machine = cpu.domain.machine
-    from_mfn = _copy_side(cpu, source, source_domid, bool(flags & abi.GNTCOPY_source_gref), write=False)
-    to_mfn = _copy_side(cpu, dest, dest_domid, bool(flags & abi.GNTCOPY_dest_gref), write=True)
-    if machine.type_count[to_mfn] and machine.type[to_mfn] not in (PGT_NONE, PGT_WRITABLE):
-        raise GrantError(abi.GNTST_general_error)
-    at, to = (from_mfn << 12) + source_offset, (to_mfn << 12) + dest_offset
-    machine.mem[to : to + length] = bytes(machine.mem[at : at + length])
-    cpu.engine.invalidate_code(to, max(length, 1))
+    for at in range(va, va + count * 16, 16):
+        address, offset, length, operation = struct.unpack("<QHHI", cpu.read(at, 16))
+        if offset >= 4096 or length > 4096 or offset + length > 4096 or operation & ~3:
+            return -Errno.EINVAL
+        if not length or not operation:
+            continue
+        mfn = address >> 12
+        if mfn >= machine.frames:
+            return -Errno.EINVAL
+        if machine.owner[mfn] == cpu.domain.domid:
+            continue
+        owner = cpu.domain.hypervisor.domain_or_zombie(machine.owner[mfn])
+        if owner is None or owner.grant_table is None:
+            return -Errno.EPERM
+        uses = owner.grant_table.active.values()
+        if not any(act.domid == cpu.domain.domid and act.mfn == mfn for act in uses):
+            return -Errno.EINVAL
+    return 0
 
 
-def _copy_side(cpu: PvVcpu, value: int, domid: int, by_reference: bool, write: bool) -> int:
-    if not by_reference and domid not in (DOMID_SELF, cpu.domain.domid):
-        raise GrantError(abi.GNTST_permission_denied)
-    owner = cpu.domain if domid == DOMID_SELF else cpu.domain.hypervisor.domains.get(domid)
-    if owner is None:
-        raise GrantError(abi.GNTST_bad_domain)
-    if by_reference:
-        return _table(owner).resolve(value & 0xFFFFFFFF, cpu.domain, write)
-    if not cpu.tables.owns(value):
-        raise GrantError(abi.GNTST_general_error)
-    return value
-
-
-Handler = Callable[["PvVcpu", int], int]
-_SINGLE: Final[dict[int, Handler]] = {
+Batch = Callable[["PvVcpu", int, int], int]
+_SINGLE: Final[dict[int, Callable[[PvVcpu, int], int]]] = {
     abi.GNTTABOP_setup_table: _setup_table,
     abi.GNTTABOP_query_size: _query_size,
     abi.GNTTABOP_set_version: _set_version,
     abi.GNTTABOP_get_version: _get_version,
-    abi.GNTTABOP_get_status_frames: _status_frames,
+    abi.GNTTABOP_get_status_frames: _get_status_frames,
 }
-_WITHOUT_COUNT: Final = (abi.GNTTABOP_set_version, abi.GNTTABOP_get_version, abi.GNTTABOP_get_status_frames)
-_BATCH: Final[dict[int, tuple[int, Handler]]] = {
+_WITHOUT_COUNT: Final = (abi.GNTTABOP_set_version, abi.GNTTABOP_get_version)
+_BATCH: Final[dict[int, tuple[int, Batch]]] = {
     abi.GNTTABOP_map_grant_ref: (32, _map),
     abi.GNTTABOP_unmap_grant_ref: (24, _unmap),
-    abi.GNTTABOP_unmap_and_replace: (24, _unmap),
-    abi.GNTTABOP_transfer: (24, _transfer),
-    abi.GNTTABOP_copy: (40, _copy),
-    abi.GNTTABOP_swap_grant_ref: (12, _swap),
+    abi.GNTTABOP_unmap_and_replace: (24, _unmap_and_replace),
+    abi.GNTTABOP_transfer: _one_by_one(24, 16, _transfer),
+    abi.GNTTABOP_copy: _one_by_one(40, 36, _copy),
+    abi.GNTTABOP_swap_grant_ref: _one_by_one(12, 8, _swap),
+    abi.GNTTABOP_cache_flush: (16, _cache_flush),
 }

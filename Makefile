@@ -1,0 +1,30 @@
+# make run     boot a Linux PV guest and show the interrupts on both sides
+# make test    everything that is checked: style, types, import floors, tests
+# make bench   the benchmarks: medians, and bench.json
+# make clean   take away what the others made here (the cache of kernels stays)
+
+BIN := .venv/bin
+
+.PHONY: run test lint bench setup clean
+
+run: setup
+	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+setup:
+	@tools/setup.sh
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
