@@ -62,7 +62,8 @@ class PvGuest:
         self.first_mfn = machine.alloc(self.frames, domain.domid)
         self.window = descriptors.DescriptorWindow(machine, len(domain.vcpus))
         self._xen_frames = [self.window.frames]
-        self.tables = PageTables(domain, self._xen_slots(), self._flush_tlb)
+        self._m2p_entry = self._make_m2p_tables()
+        self.tables = PageTables(domain, self._xen_slots, self._flush_tlb)
         self.engine = open_engine(engine, machine.mem, _NOBODY)
         domain.frame_written = self.engine.invalidate_code
         domain.grant_table = GrantTable(domain)
@@ -72,7 +73,19 @@ class PvGuest:
         self._blank_state: bytes | None = None
 
     def _xen_slots(self) -> list[int]:
-        """The level-4 entries of Xen's own part of every address space: machine-to-phys table, descriptor tables."""
+        """The level-4 entries of Xen's part of a new root table (init_xen_l4_slots).
+
+        Who may see the machine-to-phys table depends on m2p_strict: without it, a root gets it when the kernel first
+        loads it (`fill_ro_mpt`); with it, each gets it at once, and loses it as a root of user mode's.
+        """
+        slots = [0] * len(XEN_SLOTS)
+        if self.assists & 1 << VMASST_TYPE_m2p_strict:
+            slots[M2P_SLOT - XEN_SLOTS.start] = self._m2p_entry
+        slots[PERDOMAIN_SLOT - XEN_SLOTS.start] = self.window.l4_entry
+        return slots
+
+    def _make_m2p_tables(self) -> int:
+        """Page tables for the machine-to-phys table; returns the level-4 entry for them."""
         machine = self.domain.machine
         table_bytes = machine.frames * 8
         level3 = machine.alloc(1)
@@ -83,10 +96,7 @@ class PvGuest:
             machine.u64[(level3 << 9) + i] = (first + i) << PAGE_SHIFT | M2P_TABLE
         for i in range(-(-table_bytes // (2 << 20))):
             machine.u64[(first << 9) + i] = (machine.m2p_mfn + i * 512) << PAGE_SHIFT | M2P_LARGE_PAGE
-        slots = [0] * len(XEN_SLOTS)
-        self._m2p_entry = level3 << PAGE_SHIFT | M2P_TABLE  # see fill_ro_mpt
-        slots[PERDOMAIN_SLOT - XEN_SLOTS.start] = self.window.l4_entry
-        return slots
+        return level3 << PAGE_SHIFT | M2P_TABLE
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +155,7 @@ class PvGuest:
         self.current.flush_tlb()
 
     def fill_ro_mpt(self, root: int) -> None:
-        """Show the machine-to-phys table in a root that the kernel uses; not before, and not with m2p_strict."""
+        """Show the machine-to-phys table in a root that the kernel loads (see `_xen_slots`)."""
         if not self.assists & 1 << VMASST_TYPE_m2p_strict:
             self.domain.machine.u64[(root << 9) + M2P_SLOT] = self._m2p_entry
 

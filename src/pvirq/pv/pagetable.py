@@ -50,11 +50,11 @@ Array = npt.NDArray[np.uint64]
 class PageTables:
     """The frame types of one domain's pages, and every change to its page tables.
 
-    `xen_slots` are the level-4 entries that each root table gets in XEN_SLOTS. `flush` is called when a frame that
+    `xen_slots()` are the level-4 entries that a new root table gets in XEN_SLOTS. `flush` is called when a frame that
     was writable since the last TLB flush becomes a table or a descriptor page, and as `Domain.flush_tlb`.
     """
 
-    def __init__(self, domain: Domain, xen_slots: list[int], flush: Callable[[], None]) -> None:
+    def __init__(self, domain: Domain, xen_slots: Callable[[], list[int]], flush: Callable[[], None]) -> None:
         machine = domain.machine
         self._machine = machine
         self._domain = domain
@@ -183,7 +183,7 @@ class PageTables:
         for i in done:
             u64[base + i] |= USER | ACCESSED if level == PGT_L4 else USER
         if level == PGT_L4:
-            for slot, entry in zip(XEN_SLOTS, self._xen_slots, strict=True):
+            for slot, entry in zip(XEN_SLOTS, self._xen_slots(), strict=True):
                 u64[base + slot] = entry
 
     def _promote_l1(self, mfn: int) -> None:
