@@ -58,6 +58,7 @@ KERNELS: list[Kernel] = [
     _run("misc"),
     _run("memory"),
     _run("grant"),
+    _run("grant2"),
     _run("raw"),
     _run("pointers"),
     _run("smp")._replace(vcpus=2),

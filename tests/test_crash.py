@@ -82,7 +82,7 @@ def test_stack_that_leads_to_itself_ends() -> None:
 def test_last_words_are_plain_text() -> None:
     with Host() as host:
         guest = crashed(host, 5)
-        guest.console.put(b"\x1b[31mred\x1b[0m\r\n\x1epvirq1 end 0\n\xff\x00x\n" + b"y" * 1000)
+        guest.console.output += b"\x1b[31mred\x1b[0m\r\n\x1epvirq1 end 0\n\xff\x00x\n" + b"y" * 1000
         assert crash.last_words(guest, 4) == ["red", "pvirq1 end 0", "\ufffdx", "y" * crash.LINE_MAX]
 
 

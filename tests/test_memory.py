@@ -19,10 +19,10 @@ from pvirq.xen.memory import FIRST_MFN, PGT_L1, PGT_NONE, PGT_WRITABLE, Machine
 
 def test_a_machine_reserves_and_doesnt_use() -> None:
     before = _resident()
-    machine = Machine(64 << 30)
-    assert machine.frames == 16 << 20
+    machine = Machine(16 << 30)
+    assert machine.frames == 4 << 20
     assert _resident() - before < 16 << 20
-    machine.mem[63 << 30] = 1
+    machine.mem[15 << 30] = 1
     machine.close()
     gc.collect()
     assert _resident() - before < 16 << 20

@@ -154,6 +154,9 @@ class Host:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _wake(self, vcpu: Vcpu) -> None:
+        machine = self._machines.get(vcpu.domain.domid)
+        if machine is not None:
+            machine.woken(vcpu)
         # Someone else can run now: end the turn of the one that does.
         if self._running is not None and vcpu is not self._running_vcpu:
             self._running.engine.stop()
@@ -167,6 +170,9 @@ class Host:
     def _earlier_deadline(self, when: int) -> None:
         if self._running is not None:
             self._running.engine.stop_at = self.clock.counter_at(when)
+            if when <= self.clock.now():
+                # Due at once: it fires before another instruction of the guest's, as Xen's timer softirq does.
+                self._running.engine.stop()
 
     def run(self, until: Callable[[], bool], timeout_ns: int | None = None) -> bool:
         """Run all domains until `until()` holds: True; or until `timeout_ns` of virtual time have passed: False.

@@ -23,7 +23,7 @@ static void version(void)
     f.index = 0; HC2(HC_xen_version, 6, &f); say("XENFEAT_dom0 as SIF_INITDOMAIN %d\n", (f.submap >> 11 & 1) == (u32)priv());
     rc("pagesize", HC2(HC_xen_version, 7, 0));
     memset(buf, 0x5a, 16); rc("guest_handle", HC2(HC_xen_version, 8, buf));
-    say("  zero %d\n", w[0] == 0 && w[1] == 0);
+    DOM0 say("  zero %d\n", w[0] == 0 && w[1] == 0); /* others have a UUID */
     rc("commandline", HC2(HC_xen_version, 9, buf));
     DOM0 {
       say("build_id, no buffer: positive %d\n", HC2(HC_xen_version, 10, 0) > 0);
@@ -114,7 +114,7 @@ static void vcpu(void)
     VI->upcall_mask = 1; VI->pending_sel = 0; VI->cr2 = 0x1234;
     vi.mfn = MFN(pages[5]); rc("register_vcpu_info", HC3(HC_vcpu_op, 10, 0, &vi));
     { volatile struct vcpu_info *v = (void *)(pages[5] + 64);
-      say("  pending %d mask %d sel %lx cr2 %lx time %d\n", v->upcall_pending, v->upcall_mask, v->pending_sel, v->cr2, v->time.system_time != 0);
+      say("  pending %d mask %d sel %lx cr2 %lx time %d\n", v->upcall_pending, v->upcall_mask, v->pending_sel, v->cr2, v->time.tsc_to_system_mul != 0);
       say("  old one: pending %d mask %d sel %lx\n", VI->upcall_pending, VI->upcall_mask, VI->pending_sel);
       rc("again", HC3(HC_vcpu_op, 10, 0, &vi));
       TRY("movb 0x77, %%al", , ); /* cr2 is found in the new one; the trap's frame is as ever */

@@ -30,6 +30,7 @@ XENMAPSPACE_gmfn_range: Final = 3
 XENMAPSPACE_gmfn_foreign: Final = 4
 
 XENMEMF_ADDRESS_BITS: Final = 0xFF
+XENMEMF_NODE: Final = 0xFF00
 XENMEMF_populate_on_demand: Final = 1 << 16
 XENMEMF_exact_node_request: Final = 1 << 17
 

@@ -17,8 +17,8 @@ from pvirq.cli.terminal import OutputClosed
 
 EXIT_ERROR: Final = 1
 EXIT_BAD_INPUT: Final = 2
-EXIT_SIGNAL: Final = 128
-SIGINT, SIGPIPE = 2, 13
+EXIT_INTERRUPTED: Final = 130  # as if SIGINT had killed us
+EXIT_PIPE: Final = 141  # SIGPIPE
 
 EPILOG: Final = """\b
 Try:
@@ -58,11 +58,11 @@ def run(args: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(_with_hint(error), EXIT_BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
-        return EXIT_SIGNAL + SIGINT
+        return EXIT_INTERRUPTED
     except (OutputClosed, BrokenPipeError):
         # What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_SIGNAL + SIGPIPE
+        return EXIT_PIPE
     except Exception as error:
         if isinstance(error, _bad_input()):
             return _fail(str(error), EXIT_BAD_INPUT)

@@ -31,7 +31,6 @@ from pvirq.xen.timer import NS_PER_S
 EXIT_ENDED: Final = 1
 EXIT_CRASHED: Final = 3
 EXIT_TIMEOUT: Final = 4
-EXIT_SIGNAL: Final = 128
 EXEC_TIMEOUT: Final = 300.0
 # The command has ended; whether its guest then powers off in time changes nothing.
 POWEROFF_TIMEOUT: Final = 5.0
@@ -83,7 +82,7 @@ class Session:
             self._dom0_interrupts(guest.host)
             return status
         except Interrupted as interrupted:
-            return EXIT_SIGNAL + interrupted.signum
+            return interrupted.status
         except GuestCrashed as error:
             return self._report(guest, str(error), EXIT_CRASHED)
         except GuestTimeout as error:

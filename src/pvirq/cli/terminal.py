@@ -30,6 +30,7 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+        self.status = 128 + signum  # as a shell has it
 
 
 class Left(BaseException):

@@ -85,6 +85,10 @@ class Engine(Protocol):
         """The address of the last page fault."""
         ...
 
+    def swap_gs_base(self, value: int) -> int:
+        """Set the GS base and return the one before."""
+        ...
+
     def segment(self, which: int) -> int:
         """The selector in a segment register: 0 to 5 for ES, CS, SS, DS, FS, GS."""
         ...

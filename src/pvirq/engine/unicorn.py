@@ -12,6 +12,7 @@ from unicorn import x86_const as x86
 from pvirq.engine import unicorn_state as layout
 from pvirq.engine.preempt import Alarm
 from pvirq.engine.protocol import (
+    FLAG_DF,
     RAX,
     RBX,
     RCX,
@@ -40,6 +41,8 @@ EFER: Final = 0xD01  # NXE LMA LME SCE
 HF_CPL: Final = 3
 HF_CS32, HF_SS32, HF_ADDSEG, HF_CS64 = 1 << 4, 1 << 5, 1 << 6, 1 << 15
 HF_MODE: Final = HF_CS32 | HF_SS32 | HF_ADDSEG | HF_CS64
+HF_LONG_MODE: Final = HF_CS32 | HF_SS32 | HF_CS64
+CODE_L: Final = 1 << 53  # in a whole descriptor: 64-bit code
 # In the upper half of a descriptor: granularity, default size, 64-bit code.
 DESC_G, DESC_B, DESC_L = 1 << 23, 1 << 22, 1 << 21
 
@@ -48,6 +51,12 @@ CS, SS, FS, GS = 1, 2, 4, 5
 HFLAGS: Final = layout.HFLAGS // 4
 CS_SELECTOR: Final = CpuState.segment_field(CS, 0) // 4
 SS_SELECTOR: Final = CpuState.segment_field(SS, 0) // 4
+# Indexes of items: 64-bit for the first two, 32-bit for the others. The arithmetic flags are kept apart, lazily.
+EFLAGS, CC_SRC = layout.EFLAGS // 8, layout.EFLAGS // 8 + 2
+CC_OP, DF = layout.EFLAGS // 4 + 8, layout.EFLAGS // 4 + 9
+CC_OP_EFLAGS: Final = 1
+FLAGS_ARITHMETIC: Final = 0x8D5
+FLAGS_STORED: Final = 0xFFFFFFFF & ~(FLAGS_ARITHMETIC | FLAG_DF)
 STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
 
 CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
@@ -88,7 +97,7 @@ class UnicornEngine:
         }
         self._code_stack = (0, 0, 0, 0, 0)  # what set_code_stack loaded last: descriptors, mode, selectors
         self._calibrate_from = (time.monotonic_ns(), self.counter())
-        self._alarm = Alarm(lambda: state.emu_stop(self._handle))
+        self._alarm = Alarm(state.stop)
         self._stop_at: int | None = None
         self._ns_per_tick = 0.0
         self._running = False
@@ -182,14 +191,21 @@ class UnicornEngine:
 
     @property
     def rflags(self) -> int:
+        u64 = self._u64
+        if self._u32[CC_OP] == CC_OP_EFLAGS:  # no arithmetic since the flags were last computed
+            return u64[EFLAGS] & FLAGS_STORED | u64[CC_SRC] & FLAGS_ARITHMETIC | self._u32[DF] & FLAG_DF
         self._scratch.value = 0
         self._reg_read(self._handle, x86.UC_X86_REG_EFLAGS, self._scratch_at)
         return self._scratch.value & 0xFFFFFFFF
 
     @rflags.setter
     def rflags(self, value: int) -> None:
-        self._scratch.value = value
-        self._reg_write(self._handle, x86.UC_X86_REG_EFLAGS, self._scratch_at)
+        # cpu_load_eflags, except that it leaves the arithmetic flags in EFLAGS too, where they go stale and show.
+        u32, u64 = self._u32, self._u64
+        u64[CC_SRC] = value & FLAGS_ARITHMETIC
+        u32[CC_OP] = CC_OP_EFLAGS
+        u32[DF] = 0xFFFFFFFF if value & FLAG_DF else 1
+        u64[EFLAGS] = value & FLAGS_STORED | 2
 
     @property
     def cr2(self) -> int:
@@ -228,6 +244,12 @@ class UnicornEngine:
     def gs_base(self, value: int) -> None:
         self._u64[39] = value
 
+    def swap_gs_base(self, value: int) -> int:
+        u64 = self._u64
+        old: int = u64[39]
+        u64[39] = value
+        return old
+
     @property
     def tsc_aux(self) -> int:
         return int(self._uc.msr_read(MSR_TSC_AUX))
@@ -251,6 +273,10 @@ class UnicornEngine:
 
     def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
         u32 = self._u32
+        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE:
+            # From 64-bit code to 64-bit code, where bases and limits mean nothing.
+            u32[CS_SELECTOR], u32[SS_SELECTOR] = cs, ss
+            return
         mode = code, stack, u32[HFLAGS] & HF_MODE, u32[CS_SELECTOR], u32[SS_SELECTOR]
         if mode == self._code_stack:
             # Kernel and user share flat segments: only the selectors differ. (The guest's own far jumps and moves to SS
@@ -364,7 +390,7 @@ class UnicornEngine:
 
     def stop(self) -> None:
         if not self._closed:
-            self._state.emu_stop(self._handle)
+            self._state.stop()
 
     def native_cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
         return self._native_cpuid.get((leaf, subleaf), (0, 0, 0, 0))

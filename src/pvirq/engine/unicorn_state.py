@@ -22,13 +22,16 @@ from pvirq.engine.protocol import CpuidLeaf, EngineError
 VERSION = "2.1.4"
 
 # struct CPUX86State, in bytes.
-REGS, EIP = 0, 128
+REGS, EIP, EFLAGS = 0, 128, 136
 HFLAGS = 176
 SEGMENTS = 184  # ES CS SS DS FS GS LDT TR, then GDT, IDT: {u32 selector; u64 base; u32 limit; u32 flags}
 SEGMENT_SIZE = 24
 LDT, TR, GDT = 6, 7, 8
 CR0 = 424
 CR2, CR3, CR4 = CR0 + 16, CR0 + 24, CR0 + 32
+
+# In struct CPUState the pointer to its class, and in that the function called when the CPU loop is left.
+_CPU_CLASS, _CPU_EXEC_EXIT = 0x81B0, 0x88
 
 _PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
 
@@ -48,9 +51,11 @@ class CpuState:
         self.handle = ctypes.c_void_p(uc._uch.value)
         self._uc = uc
         self._memory = memory
+        self._stubs: list[mmap.mmap] = []
         self._find_cpu()
         self._bind_functions()
         self._disable_mid_block_exits()
+        self._install_stop()
         self._find_exception_fields()
         self._find_tsc_offset()
         self._check()
@@ -100,9 +105,55 @@ class CpuState:
         self.get_tsc = bind("cpu_get_tsc_x86_64", pointer, restype=u64)
         self.invalidate_range = bind("tb_invalidate_phys_range_x86_64", pointer, u64, u64)
         self.emu_start = bind("uc_emu_start", pointer, u64, u64, u64, ctypes.c_size_t, restype=ctypes.c_int)
-        self.emu_stop = bind("uc_emu_stop", pointer, restype=ctypes.c_int)
+        self._cpu_exit = bind("cpu_exit", pointer)
         self.reg_read = bind("uc_reg_read", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
         self.reg_write = bind("uc_reg_write", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
+
+    def stop(self) -> None:
+        """End the run under way at the next block of code; from any thread."""
+        self._stop_wanted.value = 1
+        self._cpu_exit(self.cpu)
+
+    def _install_stop(self) -> None:
+        # uc_emu_stop from another thread won't do: as long as its flag is set, Unicorn runs no more than the first
+        # callback of hooked instructions, and a system call that meets a stop would not happen. cpu_exit alone has
+        # the CPU loop left between two blocks, and re-entered. So on the way out of it, on the CPU's own thread, a few
+        # instructions set the flag: they stand where CPUClass.cpu_exec_exit pointed, and go on there.
+        original = struct.pack("<Q", self._symbol("x86_cpu_exec_exit_x86_64"))
+        with open("/proc/self/mem", "rb", buffering=0) as mem:
+            (cpu_class,) = struct.unpack("<Q", os.pread(mem.fileno(), 8, self.cpu + _CPU_CLASS))
+            known = os.pread(mem.fileno(), 8, cpu_class + _CPU_EXEC_EXIT) == original
+        emu_stop = ctypes.string_at(self._symbol("uc_emu_stop"), 48)
+        at = emu_stop.find(b"\xc6\x87")  # mov byte ptr [rdi + disp32], imm8
+        if not known or at < 0 or emu_stop[at + 6] != 1:
+            raise self._surprise("no place for a stop")
+        (stop_request,) = struct.unpack_from("<i", emu_stop, at + 2)
+        self._stop_wanted = ctypes.c_uint8(0)
+        assert self.handle.value is not None
+        code = (
+            b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self._stop_wanted))  # mov rax, &stop_wanted
+            + b"\x31\xc9\x86\x08\x84\xc9\x74\x0d"  # xor ecx, ecx; xchg [rax], cl; test cl, cl; jz original
+            + b"\x48\xb8" + struct.pack("<Q", self.handle.value + stop_request)  # mov rax, &uc->stop_request
+            + b"\xc6\x00\x01"  # mov byte ptr [rax], 1
+            + b"\x48\xb8" + original + b"\xff\xe0"  # original: mov rax, original; jmp rax
+        )  # fmt: skip
+        ctypes.c_uint64.from_address(cpu_class + _CPU_EXEC_EXIT).value = self._native(code)
+        # A run of two blocks, stopped from its first: the second must not begin, nor the stop be felt by the next run.
+        syscall = x86.UC_X86_INS_SYSCALL
+        hook = self._uc.hook_add(unicorn.UC_HOOK_INSN, lambda _uc, _data: self.stop(), None, 1, 0, syscall)
+        self._snippet(b"\x0f\x05\x48\xff\xc0", rax=7)  # syscall; inc rax
+        stopped = self._reg(x86.UC_X86_REG_RAX)
+        self._uc.hook_del(hook)
+        self._snippet(b"\xeb\x00\x48\xff\xc0", rax=7)  # jmp to what follows; inc rax
+        if (stopped, self._reg(x86.UC_X86_REG_RAX)) != (7, 8):
+            raise self._surprise("a run can't be stopped")
+
+    def _native(self, code: bytes) -> int:
+        """Put machine code where it can be executed, and return its address."""
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        page[: len(code)] = code
+        self._stubs.append(page)
+        return ctypes.addressof(ctypes.c_uint8.from_buffer(page))
 
     def _disable_mid_block_exits(self) -> None:
         # A stop that is asked for from another thread is also seen after each load and store, where Unicorn leaves
@@ -176,6 +227,13 @@ class CpuState:
         for register, offset in [(x86.UC_X86_REG_CR4, CR4), (x86.UC_X86_REG_CR0, CR0)]:
             if u64[offset // 8] != uc.reg_read(register):
                 raise self._surprise(f"register {register} is not at {offset}")
+        # EFLAGS, and behind it cc_dst, cc_src, cc_src2, cc_op, df.
+        for flags, cc_src, df in ((0x446, 0x44, 0xFFFFFFFF), (0x202, 0, 1)):
+            uc.reg_write(x86.UC_X86_REG_EFLAGS, flags)
+            at = EFLAGS // 8
+            found = (u64[at] & ~0xCD5, u64[at + 2], self.u32[EFLAGS // 4 + 8], self.u32[EFLAGS // 4 + 9])
+            if found != (flags & ~0xCD5, cc_src, 1, df):
+                raise self._surprise("RFLAGS are kept differently")
         if self.u32[HFLAGS // 4] & 3:
             raise self._surprise("CPL is not 0 at reset")
 
@@ -198,9 +256,7 @@ class CpuState:
             + b"\x48\xb8" + struct.pack("<Q", raise_exception)  # mov rax, raise_exception_err_ra
             + b"\x48\x83\xe4\xf0\xff\xd0"  # and rsp, -16; call rax
         )  # fmt: skip
-        self._stub = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._stub[: len(code)] = code
-        return ctypes.addressof(ctypes.c_uint8.from_buffer(self._stub))
+        return self._native(code)
 
     # -- running a few bytes before there is a guest ---------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from pvirq.abi.errno import XenError
 from pvirq.abi.event_channel import EVTCHN_2L_NR_CHANNELS
@@ -21,11 +21,8 @@ from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 
 BITS: Final = 64
-ALL_ONES: Final = (1 << BITS) - 1
 
-
-def _first_bit(word: int) -> int:
-    return (word & -word).bit_length() - 1
+C = TypeVar("C")
 
 
 class Events2l:
@@ -107,13 +104,14 @@ class Events2l:
                 self._domain.vcpus[cpu].kick()
 
     def _active(self, cpu: int, word: int) -> int:
-        return self._u64[self._pending + word] & self._cpu_mask[cpu][word] & ~self._u64[self._mask + word] & ALL_ONES
+        u64 = self._u64
+        return u64[self._pending + word] & ~u64[self._mask + word] & self._cpu_mask[cpu][word]
 
-    def handle_events(self, cpu: int, handle: Callable[[int], None]) -> None:
+    def handle_events(self, cpu: int, handle: Callable[[int, C], None], ctrl: C) -> None:
         """Scan this CPU's pending ports once: the timer, then the others from where the last scan ended."""
         timer = self._timer_port(cpu)
         if timer and self._active(cpu, timer // BITS) >> timer % BITS & 1:
-            handle(timer)
+            handle(timer, ctrl)
         selector = (self._domain.vcpus[cpu].info + VCPU_INFO_PENDING_SEL) // 8
         words, self._u64[selector] = self._u64[selector], 0
         start_word, start_bit = self._word_idx[cpu], self._bit_idx[cpu]
@@ -125,14 +123,14 @@ class Events2l:
                 word = 0
                 first = False
                 continue
-            word = _first_bit(rest)
+            word = (rest & -rest).bit_length() - 1
             pending = self._active(cpu, word)
             # The word begun with is scanned in two parts: first from the middle up, at the end the whole of
             # it.
             bit = start_bit if first and word == start_word else 0
             while bits := pending >> bit << bit:
-                bit = _first_bit(bits)
-                handle(word * BITS + bit)
+                bit = (bits & -bits).bit_length() - 1
+                handle(word * BITS + bit, ctrl)
                 bit = (bit + 1) % BITS
                 self._word_idx[cpu] = word if bit else (word + 1) % BITS
                 self._bit_idx[cpu] = bit

@@ -66,7 +66,7 @@ class XenbusDevice:
     jiffies_eoi_delayed: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class IrqInfo:
     """struct irq_info: what an IRQ is to Xen. `index` is the VIRQ number or the IPI."""
 
@@ -104,6 +104,9 @@ class _LoopCtrl:
     __slots__ = ("count", "defer_eoi", "timeout")
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         self.timeout = 0
         self.count = 0
         self.defer_eoi = False
@@ -125,6 +128,7 @@ class EventsBase:
         self._channels_on_cpu = [0] * nr_cpus
         self._lateeoi = [_Lateeoi() for _ in range(nr_cpus)]
         self._irq_epoch = [0] * nr_cpus
+        self._loop_ctrl = [_LoopCtrl() for _ in range(nr_cpus)]
         self._make_chips()
 
     def init_irq(self, fifo: bool) -> bool:
@@ -207,7 +211,8 @@ class EventsBase:
         return info.cpu if info else 0
 
     def _timer_port(self, cpu: int) -> int:
-        return self.evtchn_from_irq(self._virq_to_irq[cpu][VIRQ_TIMER])
+        desc = self.irq.descs.get(self._virq_to_irq[cpu][VIRQ_TIMER])
+        return desc.chip_data.evtchn if desc and isinstance(desc.chip_data, IrqInfo) else 0
 
     def _allocate_irq(self, chip: IrqChip, percpu: bool, name: str, at: int | None = None) -> IrqInfo:
         desc = self.irq.alloc_desc(at)
@@ -431,10 +436,11 @@ class EventsBase:
         """xen_evtchn_do_upcall: scan until Xen has nothing new for this CPU."""
         mem = self.domain.machine.mem
         pending = self.domain.vcpus[cpu].info + VCPU_INFO_UPCALL_PENDING
-        handle = partial(self._handle_irq_for_port, ctrl=_LoopCtrl())
+        handle_events, ctrl = self.ops.handle_events, self._loop_ctrl[cpu]
+        ctrl.begin()
         while True:
             mem[pending] = 0
-            self.ops.handle_events(cpu, handle)
+            handle_events(cpu, self._handle_irq_for_port, ctrl)
             if not mem[pending]:
                 break
         # Only now: an EOI is deferred only if it comes from inside the loop above.
@@ -447,8 +453,8 @@ class EventsBase:
         # The clock is looked at every 256 events. Past the timeout, all EOIs are deferred, so the loop ends
         # soon.
         if not ctrl.defer_eoi:
-            ctrl.count += 1
-            if ctrl.count % 256 == 0:
+            count = ctrl.count = ctrl.count + 1
+            if count & 255 == 0:
                 now = self.kernel.now()
                 if not ctrl.timeout:
                     ctrl.timeout = now + self.kernel.jiffies_to_ns(EVENT_LOOP_TIMEOUT)
@@ -463,7 +469,9 @@ class EventsBase:
             info.eoi_cpu = self.kernel.cpu
             info.irq_epoch = self._irq_epoch[info.eoi_cpu]
             info.eoi_time = self.kernel.jiffies() + EVENT_EOI_DELAY
-        self.irq.generic_handle_irq(info.irq)
+        desc = info.desc
+        assert desc.flow is not None
+        desc.flow(desc)  # generic_handle_irq_desc
 
     # Chips.
 
@@ -496,8 +504,10 @@ class EventsBase:
             self._do_mask(info, MASK_EXPLICIT)
 
     def _ack_dynirq(self, desc: IrqDesc) -> None:
-        if info := self._info_of(desc):
-            self._event_handler_exit(info)
+        info = desc.chip_data
+        if isinstance(info, IrqInfo) and info.evtchn:
+            info.is_active = False
+            self.ops.clear_pending(info.evtchn)
 
     def _mask_ack_dynirq(self, desc: IrqDesc) -> None:
         if info := self._info_of(desc):

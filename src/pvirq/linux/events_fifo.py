@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import (
@@ -23,10 +23,15 @@ from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 
 WORDS_PER_PAGE: Final = PAGE_SIZE // 4
+WORD_SHIFT: Final = 10
+WORD_MASK: Final = WORDS_PER_PAGE - 1
 PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
+UNLINKED: Final = ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+
+C = TypeVar("C")
 
 
 class EventsFifo:
@@ -63,7 +68,7 @@ class EventsFifo:
 
     def percpu_deinit(self, cpu: int) -> None:
         """Empty the queues of a CPU that has gone, so that its ports can be linked elsewhere."""
-        self._consume(cpu, None)
+        self.handle_events(cpu, None, None)
 
     def setup(self, port: int) -> None:
         """Grow the event array until it has a word for `port`; XenError as EVTCHNOP_expand_array."""
@@ -89,10 +94,10 @@ class EventsFifo:
         """Nothing to do: Xen links the port at the CPU that it notifies."""
 
     def _word(self, port: int) -> int:
-        return self._pages[port // WORDS_PER_PAGE] + port % WORDS_PER_PAGE
+        return self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
 
     def clear_pending(self, port: int) -> None:
-        self._u32[self._word(port)] &= ~PENDING
+        self._u32[self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)] &= ~PENDING
 
     def set_pending(self, port: int) -> None:
         self._u32[self._word(port)] |= PENDING
@@ -118,29 +123,31 @@ class EventsFifo:
             return
         self._u32[word] = value & ~(MASKED | BUSY)
 
-    def handle_events(self, cpu: int, handle: Callable[[int], None]) -> None:
-        """Consume this CPU's queues, the highest priority first, until none is ready."""
-        self._consume(cpu, handle)
+    def handle_events(self, cpu: int, handle: Callable[[int, C], None] | None, ctrl: C) -> None:
+        """Consume this CPU's queues, the highest priority first, until none is ready.
 
-    def _consume(self, cpu: int, handle: Callable[[int], None] | None) -> None:
+        `handle(port, ctrl)` is called for each event; None drops them.
+        """
         control = self._control.get(cpu)
         if control is None:
             return
-        u32, heads = self._u32, self._heads[cpu]
+        u32, pages, heads = self._u32, self._pages, self._heads[cpu]
         ready_at = control + FIFO_CONTROL_READY // 4
         ready, u32[ready_at] = u32[ready_at], 0
         while ready:
             queue = (ready & -ready).bit_length() - 1
             # A local head of 0: the tail was reached last time, Xen has put a new one in the control block.
             port = heads[queue] or u32[control + FIFO_CONTROL_HEAD // 4 + queue]
-            word = self._word(port)
+            word = pages[port >> WORD_SHIFT] + (port & WORD_MASK)
             value = u32[word]
-            u32[word] = value & ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+            u32[word] = value & UNLINKED
             link = value & EVTCHN_FIFO_LINK_MASK
             if link == 0:
                 ready &= ~(1 << queue)
-            if handle is not None and value & PENDING and not value & MASKED:
-                handle(port)
+            if value & (PENDING | MASKED) == PENDING and handle is not None:
+                handle(port, ctrl)
             heads[queue] = link
-            more, u32[ready_at] = u32[ready_at], 0
-            ready |= more
+            more = u32[ready_at]
+            if more:
+                u32[ready_at] = 0
+                ready |= more

@@ -8,7 +8,7 @@ reach the event channels, and calls `generic_handle_irq` for each port that its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -84,7 +84,7 @@ class IrqChip:
     irq_retrigger: Callable[[IrqDesc], bool] | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class IrqAction:
     """struct irqaction: one handler on a line."""
 
@@ -94,7 +94,7 @@ class IrqAction:
     dev_id: object
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class IrqDesc:
     """struct irq_desc with its irq_data: one interrupt line.
 
@@ -110,7 +110,7 @@ class IrqDesc:
     flow: Callable[[IrqDesc], None] | None = None
     name: str | None = None
     chip_data: object = None
-    actions: list[IrqAction] = field(default_factory=list)
+    actions: tuple[IrqAction, ...] = ()
     depth: int = 1
     istate: int = 0
     disabled: bool = True
@@ -238,7 +238,7 @@ class IrqLayer:
                 desc.depth = 1
             else:
                 self._startup(desc)
-        desc.actions.append(action)
+        desc.actions += (action,)
         desc.irq_count = desc.irqs_unhandled = 0
         if len(desc.actions) > 1 and desc.istate & IRQS_SPURIOUS_DISABLED:
             # Perhaps the newcomer is the one whose interrupts nobody cared for.
@@ -269,7 +269,7 @@ class IrqLayer:
         if action is None:
             self.printk(f"Trying to free already-free IRQ {irq}")
             return
-        desc.actions.remove(action)
+        desc.actions = tuple(other for other in desc.actions if other is not action)
         if not desc.actions:
             self._shutdown(desc)
 
@@ -440,14 +440,15 @@ class IrqLayer:
 
     def handle_edge_irq(self, desc: IrqDesc) -> None:
         """Acknowledge first, then handle, so that an edge in between is not lost."""
+        chip = desc.chip
+        assert chip is not None
         desc.istate &= ~IRQS_REPLAY
-        assert desc.chip is not None
         if desc.in_progress or desc.disabled or not desc.actions:
             desc.istate |= IRQS_PENDING
             self._mask_ack_irq(desc)
             return
         desc.kstat[self.cpu()] += 1
-        desc.chip.irq_ack(desc)
+        chip.irq_ack(desc)
         while True:
             if not desc.actions:
                 self.mask_irq(desc)
@@ -494,10 +495,11 @@ class IrqLayer:
 
     def _run_actions(self, desc: IrqDesc) -> IrqReturn:
         result = IRQ_NONE
-        for action in tuple(desc.actions):
+        for action in desc.actions:
             if action.handler(desc.irq, action.dev_id):
                 result = IRQ_HANDLED
-        self._note_interrupt(desc, result)
+        if desc.irqs_unhandled or result is IRQ_NONE:
+            self._note_interrupt(desc, result)
         return result
 
     # Lines that nobody cares for (spurious.c).

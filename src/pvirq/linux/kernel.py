@@ -148,7 +148,7 @@ class Kernel(Generic[P]):
         self.events.boot()
         for cpu, vcpu in enumerate(self.domain.vcpus):
             if self.online(cpu):
-                self._idle(vcpu)
+                sched.block(vcpu)
 
     def online(self, cpu: int) -> bool:
         return bool(self.irq.online >> cpu & 1)
@@ -158,7 +158,7 @@ class Kernel(Generic[P]):
         if not 0 < cpu < len(self._cpus) or self.online(cpu):
             raise IrqError(Errno.EINVAL, f"CPU {cpu} can't come online")
         self.events.cpu_up(cpu)
-        self._idle(self.domain.vcpus[cpu])
+        sched.block(self.domain.vcpus[cpu])
 
     def cpu_down(self, cpu: int) -> None:
         """echo 0 > .../online: its work, timers and dynamic IRQs move to other CPUs.
@@ -188,16 +188,16 @@ class Kernel(Generic[P]):
 
     def run(self, vcpu: Vcpu) -> None:
         """This vCPU's turn: upcalls, then process context, until nothing is left; then it blocks."""
-        cpu = vcpu.vcpu_id
+        cpu, pending = vcpu.vcpu_id, vcpu.info
         work = self._cpus[cpu].work
-        mask = vcpu.info + VCPU_INFO_UPCALL_MASK
+        mask = pending + VCPU_INFO_UPCALL_MASK
         mem = self.domain.machine.mem
         before = self.cpu, self._running
         self.cpu, self._running = cpu, True
         try:
             mem[mask] = 0
             while True:
-                if vcpu.event_pending():
+                if mem[pending]:
                     mem[mask] = 1  # as Xen does when it makes the upcall's frame
                     try:
                         self.events.upcall(cpu)
@@ -209,9 +209,6 @@ class Kernel(Generic[P]):
                     break
         finally:
             self.cpu, self._running = before
-        self._idle(vcpu)
-
-    def _idle(self, vcpu: Vcpu) -> None:
         sched.block(vcpu)
 
     # Work for this and other CPUs.

@@ -30,7 +30,10 @@ from pvirq.abi.xen import (
     SHARED_INFO_WC_SEC,
     SHARED_INFO_WC_SEC_HI,
     SHARED_INFO_WC_VERSION,
+    VCPU_INFO_SIZE,
     VCPU_INFO_TIME,
+    VCPU_INFO_UPCALL_MASK,
+    XEN_LEGACY_MAX_VCPUS,
 )
 from pvirq.engine.protocol import FLAG_IF, RIP, RSI, RSP
 from pvirq.pv import descriptors
@@ -247,6 +250,9 @@ def _write_shared_info(guest: PvGuest) -> None:
     for vcpu in domain.vcpus:
         at = vcpu.info + VCPU_INFO_TIME
         mem[at : at + vcpu_abi.TIME_INFO_SIZE] = guest.time_info()
+    # All that there is room for, not only those of the domain's vCPUs (dom0_construct, libxenguest's shared_info_*).
+    for vcpu_id in range(XEN_LEGACY_MAX_VCPUS):
+        mem[domain.shared_info + vcpu_id * VCPU_INFO_SIZE + VCPU_INFO_UPCALL_MASK] = 1
     seconds, nanoseconds = divmod(guest.wallclock_ns, 1_000_000_000)
     at = domain.shared_info
     struct.pack_into("<I", mem, at + SHARED_INFO_WC_VERSION, 2)

@@ -37,6 +37,59 @@ class Instruction:
     repeated: bool  # F2 or F3
 
 
+# One-byte opcodes without a ModRM byte, and those of 0F xx.
+_PUSHES_OR_POPS: Final = frozenset([*range(0x50, 0x60), 0x68, 0x6A, 0x8F, 0x9C, 0x9D, 0xC2, 0xC3, 0xC8, 0xC9, 0xE8])
+_ONE_BYTE_MODRM: Final = frozenset(
+    [op for op in range(0x40) if op & 7 < 4]
+    + [0x63, 0x69, 0x6B, *range(0x80, 0x90), 0xC0, 0xC1, 0xC6, 0xC7, *range(0xD0, 0xD4), *range(0xD8, 0xE0)]
+    + [0xF6, 0xF7, 0xFE, 0xFF]
+)
+_TWO_BYTE_WITHOUT_MODRM: Final = frozenset(
+    [*range(0x05, 0x0D), *range(0x30, 0x38), 0x77, *range(0x80, 0x90), 0xA0, 0xA1, 0xA2, 0xA8, 0xA9, 0xAA]
+    + [*range(0xC8, 0xD0)]
+)
+_RSP, _RBP = 4, 5
+
+
+def stack_operand(code: bytes) -> tuple[int, int] | None:
+    """(base register, displacement) of a memory operand that goes through SS: RSP or RBP is its base; or None.
+
+    What it is for: a non-canonical address there is #SS, elsewhere #GP.
+    """
+    try:
+        return _stack_operand(code)
+    except IndexError:
+        return None
+
+
+def _stack_operand(code: bytes) -> tuple[int, int] | None:
+    i, rex, _, _ = prefixes(code)
+    if 0x64 in code[:i] or 0x65 in code[:i]:  # FS and GS override; the others mean nothing in 64-bit code
+        return None
+    opcode = code[i]
+    i += 1
+    if opcode == 0x0F:
+        if code[i] in _TWO_BYTE_WITHOUT_MODRM:
+            return None
+        i += 1
+    elif opcode in _PUSHES_OR_POPS:
+        return _RSP, 0
+    elif opcode not in _ONE_BYTE_MODRM:
+        return None
+    modrm = code[i]
+    mod, rm = modrm >> 6, modrm & 7
+    if mod == 3 or rex & 1:  # R12 and R13 go through DS
+        return None
+    i += 1
+    if rm == _RSP:
+        rm = code[i] & 7
+        i += 1
+    if rm not in (_RSP, _RBP) or (rm == _RBP and mod == 0):
+        return None
+    size = {0: 0, 1: 1, 2: 4}[mod]
+    return rm, int.from_bytes(code[i : i + size], "little", signed=True)
+
+
 def prefixes(code: bytes) -> tuple[int, int, bool, bool]:
     """(bytes of prefixes, REX byte or 0, 66 seen, F2/F3 seen)."""
     i, rex, small, repeated = 0, 0, False, False

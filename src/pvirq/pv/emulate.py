@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from pvirq.abi.arch_x86 import VMASST_TYPE_architectural_iopl
 from pvirq.abi.errno import XenError
 from pvirq.engine.protocol import FLAG_DF, RAX, RBX, RCX, RDI, RDX, RSI, TRAP_GP, TRAP_UD
-from pvirq.pv.decode import prefixes
+from pvirq.pv.decode import prefixes, stack_operand
 from pvirq.pv.msr import read_msr, write_msr
 from pvirq.pv.writable_pagetable import write_register
 
@@ -50,6 +50,19 @@ def invalid_opcode(cpu: PvVcpu, rip: int) -> int:
     except XenError:
         pass
     return cpu.inject(TRAP_UD, rip)
+
+
+def is_stack_fault(cpu: PvVcpu, rip: int) -> bool:
+    """The #GP(0) at `rip` is an access through SS to a non-canonical address: #SS(0), which the engine doesn't know."""
+    try:
+        operand = stack_operand(cpu.read(rip, min(15, 0x1000 - (rip & 0xFFF))))
+    except XenError:
+        return False
+    if operand is None:
+        return False
+    base, displacement = operand
+    va = cpu.regs[base] + displacement & M64
+    return 1 << 47 <= va <= M64 - (1 << 47)
 
 
 def iopl_ok(cpu: PvVcpu) -> bool:

@@ -198,10 +198,19 @@ class PvGuest:
         times[cpu.runstate] += now - cpu.runstate_since
         return struct.pack(vcpu_abi.RUNSTATE_INFO, cpu.runstate, cpu.runstate_since, *times)
 
-    def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
+    def woken(self, vcpu: Vcpu) -> None:
+        """The vCPU may have become runnable, which shows before it runs (vcpu_wake)."""
+        cpu = self.cpus[vcpu.vcpu_id]
+        if cpu.runstate >= vcpu_abi.RUNSTATE_blocked and vcpu.runnable:
+            self._note_runstate(cpu, vcpu_abi.RUNSTATE_runnable)
+
+    def _note_runstate(self, cpu: PvVcpu, state: int) -> None:
         now = self.domain.hypervisor.clock.now()
         cpu.runstate_times[cpu.runstate] += now - cpu.runstate_since
         cpu.runstate, cpu.runstate_since = state, now
+
+    def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
+        self._note_runstate(cpu, state)
         if cpu.runstate_area:
             cpu.update_runstate_area(self.runstate(cpu))
 
@@ -243,6 +252,8 @@ class PvGuest:
         try:
             if switched:
                 cpu.reload_segments()
+            if cpu.nmi_pending:
+                engine.regs[RIP] = cpu.deliver_nmi(engine.regs[RIP])
             engine.regs[RIP] = cpu.deliver_events(engine.regs[RIP])
             engine.run()
         except GuestCrash as crash:

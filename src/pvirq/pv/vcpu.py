@@ -51,13 +51,14 @@ from pvirq.engine.protocol import (
     TRAP_GP,
     TRAP_NM,
     TRAP_PF,
+    TRAP_SS,
     TRAP_UD,
     CpuidLeaf,
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
 from pvirq.pv.cpuid import guest_cpuid
 from pvirq.pv.hypercalls.protocol import GuestCrash, Preempted
-from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW
+from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW, PageTables
 from pvirq.xen.domain import Vcpu
 from pvirq.xen.vtimer import DEFAULT_PERIOD
 
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 M64: Final = (1 << 64) - 1
 
 TRAPS_WITH_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
+TRAP_NMI: Final = 2
 TRAP_OF: Final = 4
 LEGACY_SYSCALL_VECTOR: Final = 0x80
 FLAGS_CLEARED_ON_TRAP: Final = FLAG_AC | FLAG_VM | FLAG_RF | FLAG_NT | FLAG_TF
@@ -79,6 +81,10 @@ ARGUMENT_REGISTERS: Final = (RDI, RSI, RDX, R10, R8, R9)
 DR6_SINGLE_STEP: Final = 1 << 14
 DIRECTMAP_VIRT_START: Final = 0xFFFF_8300_0000_0000
 
+ARCHITECTURAL_IOPL: Final = 1 << VMASST_TYPE_architectural_iopl
+_pack_frame: Final = struct.Struct("<7Q").pack
+_pack_frame_with_error: Final = struct.Struct("<8Q").pack
+_unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
@@ -93,7 +99,7 @@ class PvVcpu:
         self.vcpu = vcpu
         self.domain = vcpu.domain
         self.engine = guest.engine
-        self.tables = guest.tables
+        self.tables: PageTables = guest.tables
         self.regs = guest.engine.regs
         self._mem = vcpu.domain.machine.mem
         self._u64 = vcpu.domain.machine.u64
@@ -114,7 +120,8 @@ class PvVcpu:
         self.syscall_masks_events = False
         self.syscall32_callback = (0, False)
         self.sysenter_callback = (0, False)
-        self.nmi_callback = 0
+        self.nmi_pending = False
+        self.nmi_masked = False  # from its delivery to the next IRET
         self.cr0_ts = False
         self.cr4 = 0
         self.iopl = 0
@@ -135,6 +142,7 @@ class PvVcpu:
         self.runstate_since = 0
         self.runstate_times = [0, 0, 0, 0]
         self.hypercalls = guest.hypercalls
+        self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
 
     # -- guest memory ------------------------------------------------------------------------------------------------
@@ -237,7 +245,7 @@ class PvVcpu:
         """Between guest kernel and guest user: root table and GS base change (toggle_guest_mode)."""
         engine = self.engine
         self.user_mode = not self.user_mode
-        engine.gs_base, self.inactive_gs_base = self.inactive_gs_base, engine.gs_base
+        self.inactive_gs_base = engine.swap_gs_base(self.inactive_gs_base)
         root = self.user_root if self.user_mode else self.kernel_root
         self._walk_root = root << 9
         engine.cr3 = root << 12
@@ -252,8 +260,13 @@ class PvVcpu:
         The frame, from its lowest address: RCX, R11, [error code,] RIP, CS with the saved upcall mask in bits
         32-39, RFLAGS with IF from that mask, RSP, SS. GuestCrash where the kernel's stack can't take it.
         """
+        engine = self.engine
+        return self._bounce_from(engine.segment(1), engine.segment(2), target, masks_events, rip, rflags, error)
+
+    def _bounce_from(
+        self, cs: int, ss: int, target: int, masks_events: bool, rip: int, rflags: int, error: int | None
+    ) -> int:
         engine, regs, mem = self.engine, self.regs, self._mem
-        cs, ss = engine.segment(1), engine.segment(2)
         old_sp = regs[RSP]
         if self.user_mode:
             self.toggle_mode()
@@ -269,12 +282,13 @@ class PvVcpu:
         if masks_events:
             mem[mask_at] = mask | 1
         pushed_flags = rflags & ~(FLAG_IF | FLAG_IOPL) | (0 if mask else FLAG_IF)
-        if self.guest.assists & 1 << VMASST_TYPE_architectural_iopl:
+        if self.guest.assists & ARCHITECTURAL_IOPL:
             pushed_flags |= self.iopl
+        cs |= mask << 32
         if error is None:
-            frame = struct.pack("<7Q", regs[RCX], regs[R11], rip, cs | mask << 32, pushed_flags, old_sp, ss)
+            frame = _pack_frame(regs[RCX], regs[R11], rip, cs, pushed_flags, old_sp, ss)
         else:
-            frame = struct.pack("<8Q", regs[RCX], regs[R11], error, rip, cs | mask << 32, pushed_flags, old_sp, ss)
+            frame = _pack_frame_with_error(regs[RCX], regs[R11], error, rip, cs, pushed_flags, old_sp, ss)
         sp -= len(frame)
         try:
             self.write(sp, frame)
@@ -298,6 +312,17 @@ class PvVcpu:
         frame = self.read(regs[RSP], 16)
         regs[RSP] -= 32
         self.write(regs[RSP], frame + struct.pack("<4Q", *selectors))
+
+    def deliver_nmi(self, rip: int) -> int:
+        """The NMI that VCPUOP_send_nmi left, unless one is being handled (process_nmi); lost without a handler."""
+        if self.nmi_masked:
+            return rip
+        self.nmi_pending = False
+        address, _cs, flags = self.traps[TRAP_NMI]
+        if not address:
+            return rip
+        self.nmi_masked = True
+        return self.bounce(address, bool(flags & TI_IF), rip, self.engine.rflags, None)
 
     def deliver_events(self, rip: int) -> int:
         """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
@@ -378,9 +403,8 @@ class PvVcpu:
             return self.inject(TRAP_UD, rip - SYSCALL_LENGTH)
         # What SYSCALL leaves in RCX and R11 is what the kernel finds there.
         regs[RCX], regs[R11] = rip, rflags
-        if not compat:
-            engine.set_code_stack(FLAT_RING3_CS64, descriptors.CODE64, FLAT_RING3_SS64, descriptors.DATA)
-        rip = self.bounce(target, masks, rip, rflags, None)
+        cs = FLAT_RING3_CS32 if compat else FLAT_RING3_CS64
+        rip = self._bounce_from(cs, FLAT_RING3_SS64, target, masks, rip, rflags, None)
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)
@@ -394,12 +418,12 @@ class PvVcpu:
         except XenError:
             raise GuestCrash("page fault while reading the IRET frame") from None
         rip: int
-        rax, r11, rcx, flags, rip, cs, rflags, rsp, ss = struct.unpack("<9Q", frame)
+        rax, r11, rcx, flags, rip, cs, rflags, rsp, ss = _unpack_iret(frame)
         if cs & 3 == 3:
             if not self.user_root:
                 raise GuestCrash("IRET to user mode without user page tables")
             self.toggle_mode()
-        if self.guest.assists & 1 << VMASST_TYPE_architectural_iopl:
+        if self.guest.assists & ARCHITECTURAL_IOPL:
             self.iopl = rflags & FLAG_IOPL
         cs, ss = cs & 0xFFFF | 3, ss & 0xFFFF | 3
         if flags & VGCF_in_syscall and not 1 << 47 <= rip < M64 - (1 << 47):
@@ -413,6 +437,9 @@ class PvVcpu:
         regs[RSP] = rsp
         info = self.vcpu.info
         mem[info + 1] = 0 if rflags & FLAG_IF else 1
+        self.nmi_masked = False
+        if self.nmi_pending:
+            engine.stop()
         if cs == FLAT_RING3_CS64 and ss == FLAT_RING3_SS64:
             engine.set_code_stack(cs, descriptors.CODE64, ss, descriptors.DATA)
         else:
@@ -440,6 +467,8 @@ class PvVcpu:
                 done = emulate.privileged(self, rip)
                 if done is not None:
                     return self.deliver_events(done)
+                if emulate.is_stack_fault(self, rip):
+                    return self.inject(TRAP_SS, rip)
             return self.inject(TRAP_GP, rip, error)
         if vector == TRAP_UD and not software:
             return emulate.invalid_opcode(self, rip)

@@ -36,8 +36,8 @@ class Vcpu:
     """
 
     __slots__ = (
-        "blocked", "domain", "info", "periodic_last", "periodic_ns", "periodic_timer", "pinned", "poll_port", "poll_timer", "polling",
-        "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn",
+        "blocked", "domain", "info", "periodic_last", "periodic_ns", "periodic_timer", "pinned", "poll_port",
+        "poll_timer", "polling", "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn",
     )  # fmt: skip
 
     def __init__(self, domain: Domain, vcpu_id: int) -> None:
@@ -68,9 +68,12 @@ class Vcpu:
     def kick(self) -> None:
         """There may be something to do for this vCPU: end a block or poll, let the host look again (vcpu_kick)."""
         self.blocked = False
-        self.polling = False
-        self.poll_port = 0
-        self.domain.hypervisor.on_wake(self)
+        domain = self.domain
+        if self.polling:
+            self.polling = False
+            self.poll_port = 0
+            domain.pollers -= 1
+        domain.hypervisor.on_wake(self)
 
     def end_poll(self) -> None:
         """Leave SCHEDOP_poll, for a port polled or because its time is up.
@@ -115,6 +118,7 @@ class Domain:
         self.word_bits = word_bits
         self.paused = False
         self.dying = False
+        self.pollers = 0  # vCPUs in SCHEDOP_poll: an event that nobody can poll for need not look for them
         self.grant_table: GrantTable | None = None
         self.tot_pages = 0
         self.max_pages = 0

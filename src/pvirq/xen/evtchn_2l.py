@@ -46,7 +46,8 @@ class TwoLevel:
         mem[self._pending + at] = pending | bit
         if not mem[self._mask + at] & bit:
             self._select(vcpu, port)
-        check_pollers(vcpu.domain, port)
+        if self._domain.pollers:
+            check_pollers(self._domain, port)
 
     def _select(self, vcpu: Vcpu, port: int) -> None:
         """Point the vCPU at the word of `port`, and at its events if that is news."""

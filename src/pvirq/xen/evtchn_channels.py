@@ -144,7 +144,9 @@ class EventChannels:
         self.channels[0].state = ECS_RESERVED
         self.active = 0
         self.xen_active = 0
-        self._first_free = 1  # no port below is ECS_FREE
+        self._taken = bytearray(EVTCHNS_PER_BUCKET)  # by port, 1: not to be given out, being bound
+        self._taken[0] = 1
+        self._first_free = 1  # no port below is free
 
     @property
     def fifo(self) -> bool:
@@ -197,15 +199,16 @@ class EventChannels:
             return self._allocate_port(port)
         if self.domain.dying:
             raise XenError(Errno.EINVAL, "the domain is dying")
-        channels = self.channels
-        port = self._first_free
-        while port < len(channels) and channels[port].state != ECS_FREE:
-            port += 1
-        self._first_free = port
+        port = self._first_free = self._next_free(self._first_free)
         # A free port that is still on a queue is left alone until the guest has consumed it.
-        while port < len(channels) and (channels[port].state != ECS_FREE or self.ops.is_busy(channels[port])):
-            port += 1
+        while port < len(self.channels) and self.ops.is_busy(self.channels[port]):
+            port = self._next_free(port + 1)
         return self._allocate_port(port)
+
+    def _next_free(self, port: int) -> int:
+        """The first port from `port` on that is not taken; one beyond the array of channels if none."""
+        port = self._taken.find(0, port)
+        return port if port >= 0 else len(self._taken)
 
     def _allocate_port(self, port: int) -> Channel:
         """evtchn_allocate_port: the array of channels grows by whole buckets as far as needed."""
@@ -218,6 +221,8 @@ class EventChannels:
         else:
             buckets = -(-(port + 1) // EVTCHNS_PER_BUCKET)
             channels += map(Channel, range(len(channels), buckets * EVTCHNS_PER_BUCKET))
+            self._taken += bytes(len(channels) - len(self._taken))
+        self._taken[port] = 1
         self.active += 1
         return channels[port]
 
@@ -225,6 +230,11 @@ class EventChannels:
         """Give back an allocated port that has not come to be bound (check_free_port)."""
         if channel.state == ECS_FREE:
             self.active -= 1
+            self._give_back(channel.port)
+
+    def _give_back(self, port: int) -> None:
+        self._taken[port] = 0
+        self._first_free = min(self._first_free, port)
 
     def free(self, channel: Channel) -> None:
         """Let go of a bound port (evtchn_free)."""
@@ -237,7 +247,7 @@ class EventChannels:
         channel.state = ECS_FREE
         channel.notify_vcpu = 0
         channel.remote_domain = None
-        self._first_free = min(self._first_free, channel.port)
+        self._give_back(channel.port)
 
     def close(self, port: int, guest: bool = True) -> None:
         """Close a port; the other end of an interdomain channel becomes unbound (evtchn_close).

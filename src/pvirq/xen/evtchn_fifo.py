@@ -120,18 +120,20 @@ class Fifo:
 
     def set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
         port = channel.port
-        at = self._word(port)
-        if not at:
+        page, array = port >> WORD_SHIFT, self._array
+        if page >= len(array):
             channel.pending = True  # until the page comes
             return
+        at = array[page] + (port & WORD_MASK)
         vcpu_id = vcpu.vcpu_id
         control = self._control[vcpu_id]
         if not control:
             return  # the guest must not unmask before it has set this up: the event is lost
         u32 = self._u32
         word = u32[at]
-        u32[at] = word | PENDING
-        if not word & (MASKED | LINKED):
+        if word & (MASKED | LINKED):
+            u32[at] = word | PENDING
+        else:
             u32[at] = word | PENDING | LINKED
             priority = channel.priority
             if self._append(vcpu_id, priority, channel):
@@ -139,7 +141,7 @@ class Fifo:
                 if not ready >> priority & 1:
                     u32[control] = ready | 1 << priority
                     mark_events_pending(vcpu)
-        if not word & PENDING:
+        if self._domain.pollers and not word & PENDING:
             check_pollers(self._domain, port)
 
     def _append(self, vcpu_id: int, priority: int, channel: Channel) -> bool:
@@ -153,9 +155,10 @@ class Fifo:
             old_tails[channel.last_priority] = 0
         channel.last_vcpu = vcpu_id
         channel.last_priority = priority
-        tail, tails[priority] = tails[priority], port
+        tail = tails[priority]
+        tails[priority] = port
         if tail:
-            at = self._word(tail)
+            at = self._array[tail >> WORD_SHIFT] + (tail & WORD_MASK)
             word = u32[at]
             if word & LINKED:
                 u32[at] = (word & ~(BUSY | EVTCHN_FIFO_LINK_MASK)) | port

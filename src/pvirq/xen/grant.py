@@ -76,7 +76,7 @@ class GrantTable:
         self._mem = domain.machine.mem
         self.grow(INITIAL_GRANT_FRAMES)
 
-    # -- size and version --------------------------------------------------------------------------------------------------
+    # -- size and version ------------------------------------------------------------------------------------------
 
     @property
     def entries(self) -> int:
@@ -149,7 +149,7 @@ class GrantTable:
             machine.free(mfn)
         self.status_frames = []
 
-    # -- entries -----------------------------------------------------------------------------------------------------------
+    # -- entries ---------------------------------------------------------------------------------------------------
 
     def _at(self, ref: int) -> int:
         size = ENTRY_SIZE[self.version]
@@ -210,7 +210,7 @@ class GrantTable:
         first, second = bytes(self._mem[a : a + size]), bytes(self._mem[b : b + size])
         self._mem[a : a + size], self._mem[b : b + size] = second, first
 
-    # -- use ---------------------------------------------------------------------------------------------------------------
+    # -- use -------------------------------------------------------------------------------------------------------
 
     def _mark_used(self, ref: int, user: int, readonly: bool, mapping: bool) -> None:
         """Show the granter that the grant is in use (_set_status). GrantError(general_error): `user` may not."""

@@ -20,15 +20,16 @@ def transfer(giver: Domain, mfn: int, domid: int, ref: int) -> None:
     if machine.refs[mfn] or machine.type_count[mfn] or machine.pinned[mfn]:
         raise GrantError(abi.GNTST_bad_page, f"mfn {mfn:#x} is in use")
     taker = hypervisor.domain_or_zombie(domid)
+    giver.tot_pages -= 1  # before the taker's room is looked at: both may be the same
     try:
         if taker is None:
             raise GrantError(abi.GNTST_bad_domain, f"no domain {domid:#x}")
         table = _accepting(giver, taker, ref)
     except GrantError:
+        giver.tot_pages += 1
         hypervisor.free_frame(mfn)
         raise
     giver.flush_tlb()
-    giver.tot_pages -= 1
     machine.owner[mfn] = taker.domid
     machine.type[mfn] = PGT_NONE
     taker.tot_pages += 1

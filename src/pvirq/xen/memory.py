@@ -37,6 +37,19 @@ ABANDONED = 2  # no longer its owner's to use: freed with its last reference
 
 # The first frames stay unused, so that a zero mfn is never valid and low addresses in a guest fault.
 FIRST_MFN = 0x100
+SMALLEST = 256 << 20
+
+
+def _reserve(size: int) -> tuple[mmap.mmap, int]:
+    smallest = min(size, SMALLEST)
+    while size >= smallest:
+        frames = size >> PAGE_SHIFT
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            return mmap.mmap(-1, frames << PAGE_SHIFT, flags=flags), frames
+        except OSError:
+            size //= 2
+    raise XenError(Errno.ENOMEM, f"the system doesn't give {SMALLEST >> 20} MiB of address space (ulimit -v?)")
 
 
 class Machine:
@@ -49,10 +62,11 @@ class Machine:
     """
 
     def __init__(self, size: int = 16 << 30) -> None:
-        """`size` bytes of machine memory (rounded to frames) are reserved, not used."""
-        self.frames = size >> PAGE_SHIFT
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._map = mmap.mmap(-1, self.frames << PAGE_SHIFT, flags=flags)
+        """`size` bytes of machine memory (rounded to frames) are reserved, not used.
+
+        Where the system allows less address space, half of it, and so on. XenError(ENOMEM) under SMALLEST.
+        """
+        self._map, self.frames = _reserve(size)
         self.mem = memoryview(self._map)
         self.u32 = self.mem.cast("I")
         self.u64 = self.mem.cast("Q")

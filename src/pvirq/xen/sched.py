@@ -44,8 +44,9 @@ def check_pollers(domain: Domain, port: int) -> None:
 
 def block(vcpu: Vcpu) -> None:
     """SCHEDOP_block: unmask upcalls and sleep, unless one is due already (vcpu_block_enable_events)."""
-    vcpu.domain.machine.mem[vcpu.info + VCPU_INFO_UPCALL_MASK] = 0
-    vcpu.blocked = not vcpu.event_pending()
+    mem, info = vcpu.domain.machine.mem, vcpu.info
+    mem[info + VCPU_INFO_UPCALL_MASK] = 0
+    vcpu.blocked = not mem[info]
 
 
 def do_yield(vcpu: Vcpu) -> None:
@@ -69,7 +70,9 @@ def poll(vcpu: Vcpu, nr_ports: int, port_at: Callable[[int], int], timeout_ns: i
         port = port_at(i)
         if is_pending(port):
             return
-    vcpu.polling = True
+    if not vcpu.polling:
+        vcpu.polling = True
+        vcpu.domain.pollers += 1
     vcpu.poll_port = port if nr_ports == 1 else POLL_SEVERAL
     if timeout_ns:
         if vcpu.poll_timer is not None:

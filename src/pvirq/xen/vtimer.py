@@ -11,7 +11,7 @@ from pvirq.xen.domain import Vcpu
 
 MILLISECOND: Final = 1_000_000
 DEFAULT_PERIOD: Final = 10 * MILLISECOND  # of a new PV vCPU (pv_vcpu_initialise)
-STIME_DELTA_MAX: Final = ((1 << 63) - 1) >> 2
+STIME_DELTA_MAX: Final = ((1 << 64) - 1) >> 2
 HUGE_TIMEOUT: Final = 1 << 50
 
 
@@ -52,7 +52,7 @@ def set_timer_op(vcpu: Vcpu, timeout: int) -> None:
 
 
 def set_periodic(vcpu: Vcpu, period: int) -> None:
-    """VCPUOP_set_periodic_timer, in ns; 0 stops it. XenError(EINVAL) under 1 ms or beyond 73 years."""
+    """VCPUOP_set_periodic_timer, in ns; 0 stops it. XenError(EINVAL) under 1 ms or beyond 146 years."""
     if period and not MILLISECOND <= period <= STIME_DELTA_MAX:
         raise XenError(Errno.EINVAL, f"timer period of {period} ns")
     suspend_periodic(vcpu)

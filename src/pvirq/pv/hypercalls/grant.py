@@ -84,7 +84,7 @@ def _target(cpu: PvVcpu, domid: int) -> GrantTable:
     return _table(target)
 
 
-# -- the table ----------------------------------------------------------------------------------------------------------
+# -- the table ------------------------------------------------------------------------------------------------------
 
 
 def _setup_table(cpu: PvVcpu, va: int) -> int:
@@ -107,7 +107,8 @@ def _setup_table(cpu: PvVcpu, va: int) -> int:
 
 def _write_frames(cpu: PvVcpu, va: int, frames: list[int]) -> int:
     try:
-        cpu.write(va, struct.pack(f"<{len(frames)}Q", *frames))
+        if frames:
+            cpu.write(va, struct.pack(f"<{len(frames)}Q", *frames))
     except XenError:
         return abi.GNTST_bad_virt_addr
     return abi.GNTST_okay
@@ -165,7 +166,7 @@ def _swap(cpu: PvVcpu, data: bytes) -> None:
     _table(cpu.domain).swap(a, b)
 
 
-# -- mappings -----------------------------------------------------------------------------------------------------------
+# -- mappings -------------------------------------------------------------------------------------------------------
 
 
 def _map(cpu: PvVcpu, va: int, count: int) -> int:
@@ -215,7 +216,7 @@ def _unmap_all(cpu: PvVcpu, va: int, count: int, status_at: int, replace: bool) 
     return 0
 
 
-# -- contents -----------------------------------------------------------------------------------------------------------
+# -- contents -------------------------------------------------------------------------------------------------------
 
 
 def _copy(cpu: PvVcpu, data: bytes) -> None:

@@ -110,7 +110,7 @@ def _remove_from_physmap(cpu: PvVcpu, argument: int, start: int) -> int:
 
 def _access_op(cpu: PvVcpu, argument: int, _start: int) -> int:
     """Only for a monitor of another, translated domain."""
-    (domid,) = struct.unpack("<xxH", cpu.read(argument, 24)[:4])
+    (domid,) = struct.unpack("<xxH", cpu.read(argument, 32)[:4])
     if domid == DOMID_SELF or cpu.domain.hypervisor.find_domain(domid, cpu.domain) is cpu.domain:
         return -Errno.EPERM
     return -Errno.EINVAL
@@ -151,8 +151,9 @@ def _memory_map(cpu: PvVcpu, argument: int, _start: int) -> int:
         return -Errno.ENOSYS
     count = min(entries, len(cpu.guest.memory_map))
     data = b"".join(struct.pack("<QQI", *entry) for entry in cpu.guest.memory_map[:count])
-    cpu.write(buffer, data)
-    cpu.write(argument, struct.pack("<I", count))
+    if data:
+        cpu.write(buffer, data)
+    cpu.write(argument, struct.pack("<IxxxxQ", count, buffer))
     return 0
 
 
@@ -162,7 +163,7 @@ def _set_memory_map(cpu: PvVcpu, argument: int, _start: int) -> int:
         return -Errno.EINVAL
     if _target(cpu, domid) is not cpu.domain:
         return -Errno.ENOSYS
-    data = cpu.read(buffer, entries * 20)
+    data = cpu.read(buffer, entries * 20) if entries else b""
     cpu.guest.memory_map = list(struct.iter_unpack("<QQI", data))
     return 0
 
@@ -186,7 +187,8 @@ def _machphys_mfn_list(cpu: PvVcpu, argument: int, _start: int) -> int:
     machine = cpu.domain.machine
     count = min(extents, -(-machine.frames * 8 // (2 << 20)))
     mfns = [machine.m2p_mfn + i * 512 for i in range(count)]
-    cpu.write(start, struct.pack(f"<{count}Q", *mfns))
+    if mfns:
+        cpu.write(start, struct.pack(f"<{count}Q", *mfns))
     cpu.write(argument, struct.pack("<IIQI", extents, pad, start, count))
     return 0
 
@@ -237,7 +239,7 @@ def _allocation_limit(cpu: PvVcpu, flags: int) -> int:
     """Which frames may be given, by the address bits in the flags: those below. XenError(EINVAL)."""
     frames = cpu.domain.machine.frames
     bits = flags & abi.XENMEMF_ADDRESS_BITS
-    if flags & abi.XENMEMF_exact_node_request and not cpu.domain.privileged:
+    if flags & abi.XENMEMF_NODE and flags & abi.XENMEMF_exact_node_request and not cpu.domain.privileged:
         raise XenError(Errno.EINVAL, "a NUMA node of its choice is not for a guest")
     if not bits or bits >= (frames - 1).bit_length() + PAGE_SHIFT:
         return frames

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from pvirq.abi import arch_x86 as arch
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_SELF, PAGE_SIZE
-from pvirq.pv.hypercalls.protocol import int32
+from pvirq.pv.hypercalls.protocol import Preempted, handle_okay, int32
 
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
@@ -27,6 +27,7 @@ XENVER_build_id: Final = 10
 
 VERSION: Final = (4, 17)
 EXTRAVERSION: Final = b".7"
+DENIED: Final = b"<denied>\0"
 CAPABILITIES: Final = b"xen-3.0-x86_64 "
 
 # features.h
@@ -35,12 +36,16 @@ XENFEAT_mmu_pt_update_preserve_ad: Final = 5
 XENFEAT_highmem_assist: Final = 6
 XENFEAT_gnttab_map_avail_bits: Final = 7
 XENFEAT_dom0: Final = 11
-XENFEAT_vcpu_time_phys_area: Final = 18
-XENFEAT_not_direct_mapped: Final = 16
+XENFEAT_memory_op_vnode_supported: Final = 13
+XENFEAT_direct_mapped: Final = 17
 
 CONSOLEIO_write: Final = 0
 CONSOLEIO_read: Final = 1
 LONGEST_CONSOLE_WRITE: Final = 1 << 20
+
+M64: Final = (1 << 64) - 1
+MULTICALL_ENTRY: Final = 64  # bytes
+MULTICALL_CHUNK: Final = 1024  # calls in one go
 
 SYSCTL_INTERFACE_VERSION: Final = 0x15
 DOMCTL_INTERFACE_VERSION: Final = 0x15
@@ -81,12 +86,14 @@ def xen_version(cpu: PvVcpu, command: int, argument: int) -> int:
         features = 0
         if submap == 0:
             features = (
-                1 << XENFEAT_pae_pgdir_above_4gb
-                | 1 << XENFEAT_mmu_pt_update_preserve_ad
+                1 << XENFEAT_mmu_pt_update_preserve_ad
                 | 1 << XENFEAT_highmem_assist
                 | 1 << XENFEAT_gnttab_map_avail_bits
-                | 1 << XENFEAT_not_direct_mapped
+                | 1 << XENFEAT_memory_op_vnode_supported
+                | 1 << XENFEAT_direct_mapped
             )
+            if cpu.guest.assists & 1 << arch.VMASST_TYPE_pae_extended_cr3:
+                features |= 1 << XENFEAT_pae_pgdir_above_4gb
             if cpu.domain.privileged:
                 features |= 1 << XENFEAT_dom0
         elif submap > 0:
@@ -97,9 +104,7 @@ def xen_version(cpu: PvVcpu, command: int, argument: int) -> int:
     elif command == XENVER_guest_handle:
         cpu.write(argument, cpu.guest.uuid)
     elif command == XENVER_commandline:
-        if not cpu.domain.privileged:
-            return -Errno.EPERM
-        cpu.write(argument, bytes(1024))
+        cpu.write(argument, bytes(1024) if cpu.domain.privileged else DENIED)
     elif command == XENVER_build_id:
         return -Errno.EPERM if not cpu.domain.privileged else -Errno.ENODATA
     else:
@@ -180,21 +185,41 @@ def unsupported(_cpu: PvVcpu, *_arguments: int) -> int:
 
 def multicall(cpu: PvVcpu, calls: int, count: int) -> int:
     """A list of hypercalls: {op, result, args[6]}; each gets its result in place (do_multicall)."""
-    count &= 0xFFFFFFFF
-    if calls + count * 64 > 1 << 64 or (calls + count * 64 > 1 << 47 and calls < arch.HYPERVISOR_VIRT_END):
+    if cpu.in_multicall:
+        return -Errno.EINVAL
+    if not handle_okay(calls):
         return -Errno.EFAULT
-    hypercalls = cpu.hypercalls
-    for va in range(calls, calls + count * 64, 64):
-        op, _, *arguments = struct.unpack("<8Q", cpu.read(va, 64))
-        try:
-            if op < len(hypercalls):
-                handler, number = hypercalls[op]
-                result = handler(cpu, *arguments[:number])
-            else:
-                result = -Errno.ENOSYS
-        except XenError as error:
-            result = -error.errno
-        cpu.write(va + 8, struct.pack("<q", int(result)) if result < 1 << 63 else struct.pack("<Q", result))
-        if not cpu.vcpu.runnable:
-            break
+    count &= 0xFFFFFFFF
+    end, stop = calls + count * MULTICALL_ENTRY, calls + min(count, MULTICALL_CHUNK) * MULTICALL_ENTRY
+    cpu.in_multicall = True
+    try:
+        for va in range(calls, stop, MULTICALL_ENTRY):
+            _one_call(cpu, va, (end - va) // MULTICALL_ENTRY)
+            if not cpu.vcpu.runnable or cpu.vcpu.event_pending():
+                # It blocked or went away in the middle, or has an upcall to take (hypercall_preempt_check): the rest
+                # is for when it runs again.
+                stop = va + MULTICALL_ENTRY
+                break
+    finally:
+        cpu.in_multicall = False
+    if stop < end:
+        raise Preempted(stop, (end - stop) // MULTICALL_ENTRY)
     return 0
+
+
+def _one_call(cpu: PvVcpu, va: int, left: int) -> None:
+    op, _, *arguments = struct.unpack("<8Q", cpu.read(va, MULTICALL_ENTRY))
+    hypercalls = cpu.hypercalls
+    try:
+        if op < len(hypercalls):
+            handler, number = hypercalls[op]
+            result = handler(cpu, *arguments[:number])
+        else:
+            result = -Errno.ENOSYS
+    except XenError as error:
+        result = -error.errno
+    except Preempted as rest:
+        arguments[: len(rest.arguments)] = [value & M64 for value in rest.arguments]
+        cpu.write(va, struct.pack("<8Q", op, op, *arguments))
+        raise Preempted(va, left) from None
+    cpu.write(va + 8, struct.pack("<Q", result & M64))

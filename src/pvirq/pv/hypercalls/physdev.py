@@ -11,6 +11,7 @@ from pvirq.pv.hypercalls.protocol import int32
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
 
+PHYSDEVOP_IRQ_UNMASK_NOTIFY: Final = 4
 PHYSDEVOP_irq_status_query: Final = 5
 PHYSDEVOP_set_iopl: Final = 6
 PHYSDEVOP_set_iobitmap: Final = 7
@@ -40,12 +41,13 @@ PHYSDEVOP_release_msix: Final = 31
 _PRIVILEGED: Final = {
     PHYSDEVOP_apic_read: 16, PHYSDEVOP_apic_write: 16, PHYSDEVOP_alloc_irq_vector: 8,
     PHYSDEVOP_manage_pci_add: 2, PHYSDEVOP_manage_pci_remove: 2, PHYSDEVOP_manage_pci_add_ext: 8,
-    PHYSDEVOP_restore_msi: 2, PHYSDEVOP_setup_gsi: 8, PHYSDEVOP_pci_mmcfg_reserved: 24,
-    PHYSDEVOP_pci_device_add: 16, PHYSDEVOP_pci_device_remove: 4, PHYSDEVOP_restore_msi_ext: 4,
+    PHYSDEVOP_setup_gsi: 8, PHYSDEVOP_pci_mmcfg_reserved: 24,
+    PHYSDEVOP_pci_device_add: 16, PHYSDEVOP_pci_device_remove: 4,
     PHYSDEVOP_prepare_msix: 4, PHYSDEVOP_release_msix: 4, PHYSDEVOP_dbgp_op: 8,
 }  # fmt: skip
 NR_PIRQS_DOMU: Final = 256
 MAX_IO_PORTS: Final = 65536
+XENIRQSTAT_needs_eoi: Final = 1
 
 
 def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
@@ -63,12 +65,16 @@ def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
             return -Errno.EINVAL
         cpu.io_bitmap = (bitmap, ports)
         return 0
-    if command in (PHYSDEVOP_irq_status_query, PHYSDEVOP_eoi):
-        (irq,) = struct.unpack("<I", cpu.read(argument, 4))
+    if command == PHYSDEVOP_irq_status_query:
+        (irq,) = struct.unpack("<I", cpu.read(argument, 8)[:4])
         if irq >= NR_PIRQS_DOMU:
             return -Errno.EINVAL
-        if command == PHYSDEVOP_irq_status_query:
-            cpu.write(argument + 4, struct.pack("<I", 1))  # XENIRQSTAT_needs_eoi: assume the worst of an unknown line
+        cpu.write(argument, struct.pack("<II", irq, XENIRQSTAT_needs_eoi))  # Xen assumes the worst of any line
+        return 0
+    if command == PHYSDEVOP_eoi:
+        cpu.read(argument, 4)
+        return -Errno.EINVAL  # the guest has no physical lines
+    if command == PHYSDEVOP_IRQ_UNMASK_NOTIFY:
         return 0
     if command in (PHYSDEVOP_map_pirq, PHYSDEVOP_unmap_pirq):
         cpu.read(argument, 40 if command == PHYSDEVOP_map_pirq else 8)
@@ -79,6 +85,9 @@ def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
     if command in (PHYSDEVOP_pirq_eoi_gmfn_v1, PHYSDEVOP_pirq_eoi_gmfn_v2):
         (mfn,) = struct.unpack("<Q", cpu.read(argument, 8))
         return -Errno.ENOSYS if cpu.tables.owns(mfn) else -Errno.EINVAL
+    if command in (PHYSDEVOP_restore_msi, PHYSDEVOP_restore_msi_ext):
+        cpu.read(argument, 2 if command == PHYSDEVOP_restore_msi else 4)
+        return -Errno.ENODEV
     size = _PRIVILEGED.get(command)
     if size is None:
         return -Errno.ENOSYS
@@ -87,10 +96,6 @@ def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
 
 
 def physdev_op_compat(cpu: PvVcpu, argument: int) -> int:
-    """The old form, {cmd, union}: the operations that it had (do_physdev_op_compat)."""
-    (command,) = struct.unpack("<I", cpu.read(argument, 32)[:4])
-    if command in (0, 1, 2, 3):  # IRQ_UNMASK_NOTIFY and what 3.0.2 retired
-        return 0 if command == 0 else -Errno.ENOSYS
-    if PHYSDEVOP_irq_status_query <= command <= PHYSDEVOP_alloc_irq_vector:
-        return physdev_op(cpu, command, argument + 8)
-    return -Errno.ENOSYS
+    """The old form, {cmd, union}: any operation, with its argument in the union (do_physdev_op_compat)."""
+    (command,) = struct.unpack("<I", cpu.read(argument, 24)[:4])
+    return physdev_op(cpu, command, argument + 8)

@@ -197,7 +197,7 @@ def nmi_op(cpu: PvVcpu, command: int, argument: int) -> int:
     """XENNMI_register_callback (0) and _unregister_callback (1) (do_nmi_op)."""
     command &= 0xFFFFFFFF
     if command == 0:
-        (address,) = struct.unpack("<Q", cpu.read(argument, 8))
+        (address,) = struct.unpack("<Q", cpu.read(argument, 16)[:8])
         return _register(cpu, CALLBACKTYPE_nmi, 0, address)
     if command == 1:
         cpu.traps[TRAP_NMI] = (0, 0, 0)

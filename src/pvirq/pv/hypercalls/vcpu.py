@@ -88,9 +88,10 @@ def _down(cpu: PvVcpu, target: PvVcpu, _argument: int) -> int:
 
 
 def _initialise(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
+    data = cpu.read(argument, context.SIZE)
     if target.initialised:
         return -Errno.EEXIST
-    context.initialise(target, cpu.read(argument, context.SIZE))
+    context.initialise(target, data)
     return 0
 
 
@@ -146,8 +147,16 @@ def _register_vcpu_info(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
     return 0
 
 
-def _send_nmi(_cpu: PvVcpu, _target: PvVcpu, argument: int) -> int:
-    return -Errno.EINVAL if argument else 0
+def _send_nmi(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
+    """It wakes a vCPU that sleeps, whether there is a handler or not (do_vcpu_op)."""
+    if argument:
+        return -Errno.EINVAL
+    if not target.nmi_pending:
+        target.nmi_pending = True
+        target.vcpu.kick()
+        if target is cpu:
+            cpu.engine.stop()
+    return 0
 
 
 def _get_physid(_cpu: PvVcpu, _target: PvVcpu, _argument: int) -> int:
