@@ -6,6 +6,8 @@ hypercall what is pending.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pvirq.abi.event_channel import (
     EVTCHN_FIFO_LINK_MASK,
     EVTCHN_FIFO_LINKED,
@@ -116,28 +118,30 @@ class GuestSide:
         else:
             self.mem[self._pending + port // 8] &= ~(1 << port % 8) & 0xFF
 
-    def consume(self, vcpu: int) -> list[int]:
-        """An upcall on a vCPU: the ports whose events it takes, in order, each cleared as it is taken."""
+    def take(self, vcpu: int) -> Iterator[int]:
+        """An upcall on a vCPU: the ports whose events it takes, one by one, each cleared as it is taken."""
         self.mem[self.domain.vcpus[vcpu].info] = 0
-        return self._consume_fifo(vcpu) if self.fifo else self._consume_2l(vcpu)
+        return self._take_fifo(vcpu) if self.fifo else self._take_2l(vcpu)
 
-    def _consume_2l(self, vcpu: int) -> list[int]:
+    def consume(self, vcpu: int) -> list[int]:
+        return list(self.take(vcpu))
+
+    def _take_2l(self, vcpu: int) -> Iterator[int]:
         bits = self.domain.word_bits
         at = self.domain.vcpus[vcpu].info + self._sel
         selected = int.from_bytes(self.mem[at : at + bits // 8], "little")
         self.mem[at : at + bits // 8] = bytes(bits // 8)
-        taken = []
-        for port in range(bits * bits):
-            if selected >> port // bits & 1 and self.is_pending(port) and not self.is_masked(port):
-                self.clear_pending(port)
-                taken.append(port)
-        return taken
+        for word in (i for i in range(bits) if selected >> i & 1):
+            for port in range(word * bits, word * bits + bits):
+                if self.is_pending(port) and not self.is_masked(port):
+                    self.clear_pending(port)
+                    yield port
 
-    def _consume_fifo(self, vcpu: int) -> list[int]:
+    def _take_fifo(self, vcpu: int) -> Iterator[int]:
         control = self.control.get(vcpu)
         if control is None:
-            return []
-        u32, heads, taken = self.u32, self.heads[vcpu], []
+            return
+        u32, heads = self.u32, self.heads[vcpu]
         ready, u32[control + READY] = u32[control + READY], 0
         while ready:
             queue = (ready & -ready).bit_length() - 1
@@ -150,10 +154,9 @@ class GuestSide:
                 ready &= ~(1 << queue)
             if word & PENDING and not word & MASKED:
                 u32[at] &= ~PENDING
-                taken.append(port)
+                yield port
             ready |= u32[control + READY]
             u32[control + READY] = 0
-        return taken
 
     def consume_all(self) -> list[int]:
         return [port for vcpu in range(len(self.domain.vcpus)) for port in self.consume(vcpu)]

@@ -7,12 +7,18 @@ with pvirq.Host() as host:
     print(host.dom0.proc_interrupts())
 """
 
-from pvirq.abi.errno import Errno, XenError
-from pvirq.engine.protocol import EngineError
-from pvirq.guest import CommandResult, Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
-from pvirq.host import Host
-from pvirq.pv.builder import BuildError
-from pvirq.pv.image import ImageError
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvirq.abi.errno import Errno, XenError
+    from pvirq.engine.protocol import EngineError
+    from pvirq.guest import CommandResult, Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
+    from pvirq.host import Host
+    from pvirq.pv.builder import BuildError
+    from pvirq.pv.image import ImageError
 
 __version__ = "0.1.0"
 
@@ -30,3 +36,21 @@ __all__ = [
     "ImageError",
     "XenError",
 ]
+
+_WHERE = {
+    "BuildError": "pvirq.pv.builder",
+    "EngineError": "pvirq.engine.protocol",
+    "Errno": "pvirq.abi.errno",
+    "Host": "pvirq.host",
+    "ImageError": "pvirq.pv.image",
+    "XenError": "pvirq.abi.errno",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Only what is used is imported: a command that prints its help has no need of an emulator.
+    if name not in __all__:
+        raise AttributeError(f"module 'pvirq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE.get(name, "pvirq.guest")), name)
+    globals()[name] = value
+    return value

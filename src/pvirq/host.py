@@ -14,17 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from pvirq.abi.errno import XenError
+from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import VIRQ_DOM_EXC
 from pvirq.drivers.xenstore import DomainState, Xenstored
-from pvirq.engine import DEFAULT_ENGINE
+from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
 from pvirq.linux import pvops
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
-from pvirq.xen import evtchn
+from pvirq.xen import evtchn, evtchn_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
@@ -115,6 +115,9 @@ class Host:
             raise BuildError(error.why) from None
         try:
             machine = PvGuest(domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns)
+        except EngineError:
+            self.hypervisor.destroy_domain(domain)
+            raise
         except XenError as error:
             self.hypervisor.destroy_domain(domain)
             raise BuildError(f"{memory // MIB} MiB of guest memory are more than this host has left") from error
@@ -243,6 +246,24 @@ class Host:
             raise HostStuck("every vCPU waits for an event, and no timer is set")
         else:
             clock.jump_to(deadline)
+
+    # -- views ---------------------------------------------------------------------------------------------------------
+
+    def debug_key(self, key: str) -> str:
+        """What `xl debug-keys KEY` makes Xen print, "(XEN) " in front of each line.
+
+        There is "e", event channels. ValueError for another.
+        """
+        if key != "e":
+            raise ValueError(f"no debug key {key!r} here; there is 'e', event channels")
+        return evtchn_views.debug_e(self.hypervisor)
+
+    def lsevtchn(self, domid: int) -> str:
+        """What `lsevtchn DOMID` prints. XenError(ESRCH) for a domain that isn't there."""
+        domain = self.hypervisor.domains.get(domid)
+        if domain is None:
+            raise XenError(Errno.ESRCH, f"no domain {domid}")
+        return evtchn_views.lsevtchn(domain)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 

@@ -284,6 +284,16 @@ static void op_recover(int d)
     for (u32 q = 0; fifo && block[d] && q < 16; q++)
         if (block[d][2 + q])
             block[d][0] |= 1u << q;
+    if (alone(d) && !rnd(3)) {         /* and takes apart queues that have come to pieces */
+        word(d, "all");
+        vi[d]->upcall_mask = 1;
+        for (u32 v = 0; v < vcpus; v++)
+            scan(v, 100000, 1);
+        for (u32 p = 0; fifo && p < array_pages * 1024; p++)
+            array[p] &= ~(LINKED | LINK | BUSY | PENDING);
+        for (u32 w = 0; !fifo && w < 64; w++)
+            SI->pending[w] = 0;
+    }
     vi[d]->upcall_pending = 1;
     vi[d]->upcall_mask = 0;
     HC2(HC_xen_version, 0, 0);
@@ -342,11 +352,26 @@ static void op_expand(int d)
     if (result(d, EV(12, &gfn)))
         array_pages--;
 }
+/* FIFO for all vCPUs, with one page of words. */
+static s64 start_fifo(void)
+{
+    s64 rc = 0;
+    u64 gfn = MFN(array);
+    for (u32 v = 0; v < vcpus; v++) {
+        struct { u64 gfn; u32 offset, vcpu; u8 link_bits, pad[7]; } a = { MFN(control[v]), v * 1024, v, 0, { 0 } };
+        block[v] = control[v] + a.offset / 4;
+        fifo = 1;
+        rc |= EV(11, &a);
+    }
+    array_pages = 1;                   /* the events of the page may come before the hypercall is back */
+    rc |= EV(12, &gfn);
+    return rc;
+}
 static void op_reset(int d)
 {
     u16 dom = any_domain(4);
     u32 op = rnd(8) ? 10 : 14, keep = rnd(2);
-    if (rnd(abi == 1 ? 30 : 4))
+    if (rnd(abi == 1 ? 8 : 4))
         return;
     arg(d, op); arg(d, dom);
     s64 rc = result(d, EV(op, &dom));
@@ -357,10 +382,12 @@ static void op_reset(int d)
     fifo = 0;
     array_pages = 0;
     block[0] = block[1] = 0;
-    if (keep)
-        return;
-    memset(control, 0, sizeof control);
-    memset((void *)array, 0, sizeof array);
+    if (!keep) {
+        memset(control, 0, sizeof control);
+        memset((void *)array, 0, sizeof array);
+    }
+    if (abi == 1 ? rnd(8) : abi && rnd(2))
+        result(d, start_fifo());
 }
 /* Many ports at once: buckets and event words beyond the first, and no port left. */
 static void op_fill(int d)
@@ -753,16 +780,8 @@ void test(void)
     upcall_rng[1] = rng ^ 0xaaaa0000;
     top = 8;
     HC3(HC_set_callbacks, conf_entry0, failsafe_entry, syscall_entry);
-    for (u32 v = 0; abi == 1 && v < vcpus; v++) {
-        struct { u64 gfn; u32 offset, vcpu; u8 link_bits, pad[7]; } a = { MFN(control[v]), v * 1024, v, 0, { 0 } };
-        rc("init_control", EV(11, &a));
-        fifo = 1;
-        block[v] = control[v] + a.offset / 4;
-    }
-    for (; abi == 1 && array_pages < 1; array_pages++) {
-        u64 gfn = MFN(array);
-        rc("expand_array", EV(12, &gfn));
-    }
+    if (abi == 1)
+        rc("init_control and expand_array", start_fifo());
     if (vcpus == 2)
         start_second();
     vi[0]->upcall_mask = 0;

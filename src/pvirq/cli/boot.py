@@ -16,6 +16,7 @@ Examples:
   pvirq boot ./vmlinuz --exec 'uname -a; exit 7'    exit status 7
   pvirq boot --shell                                look around in the guest
   pvirq boot --exec true --dom0-interrupts          domain 0's side of it
+  pvirq boot --dom0 ./test-kernel.elf               a kernel as domain 0; --debug-key e for its channels
   pvirq boot ./vmlinux --initrd ./initrd.img --append 'root=/dev/ram0' --timeout 60
 
 \b
@@ -54,7 +55,10 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]  # generic since cl
 @click.option("--vcpus", type=click.IntRange(1, 32), default=1, show_default=True, help="Number of virtual CPUs.")
 @click.option("--exec", "command", metavar="COMMAND", help="Run a shell command in the guest and print what it prints.")
 @click.option("--shell", is_flag=True, help="A shell in the guest, on this terminal; Ctrl-] leaves it.")
+@click.option("--dom0", is_flag=True, help="KERNEL is domain 0 itself, privileged; no modelled one beside it.")
 @click.option("--dom0-interrupts", is_flag=True, help="At the end print domain 0's /proc/interrupts as well.")
+@click.option("--lsevtchn", type=int, multiple=True, metavar="DOMID", help="At the end print lsevtchn of a domain.")
+@click.option("--debug-key", type=click.Choice(["e"]), multiple=True, help="At the end print Xen's dump for that key.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
     help="Give up after so many seconds of the guest's clock, which jumps over the time in which the guest sleeps. "
@@ -67,7 +71,8 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]  # generic since cl
 @click.option("-q", "--quiet", is_flag=True, help="On stderr nothing but errors.")
 def boot(
     kernel: str | None, initrd: str | None, append: str, memory: int, vcpus: int, command: str | None, shell: bool,
-    dom0_interrupts: bool, timeout: float | None, engine: str, verbose: bool, quiet: bool,
+    dom0: bool, dom0_interrupts: bool, lsevtchn: tuple[int, ...], debug_key: tuple[str, ...], timeout: float | None,
+    engine: str, verbose: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Boot an unmodified x86-64 Xen PV kernel as a guest.
 
@@ -80,6 +85,8 @@ def boot(
     """
     if command is not None and shell:
         raise click.UsageError("--exec and --shell exclude each other")
+    if dom0 and (command is not None or shell or dom0_interrupts):
+        raise click.UsageError("--dom0 has a kernel's console only: no --exec, --shell or --dom0-interrupts")
     if timeout is not None and math.isnan(timeout):
         raise click.BadParameter("not a number", param_hint="--timeout")
     from pvirq.cli.messages import Messages
@@ -87,6 +94,7 @@ def boot(
 
     options = Options(
         kernel=kernel, initrd=initrd, append=append, memory=memory, vcpus=vcpus, command=command, shell=shell,
-        dom0_interrupts=dom0_interrupts, timeout=timeout, engine=engine, verbose=verbose,
+        dom0=dom0, dom0_interrupts=dom0_interrupts, lsevtchn=lsevtchn, debug_keys=debug_key, timeout=timeout,
+        engine=engine, verbose=verbose,
     )  # fmt: skip
     return Session(options, Messages(quiet)).run()

@@ -92,11 +92,16 @@ def make_initrd(given: str | None, image: KernelImage, with_agent: bool, say: Me
         except (OSError, ValueError) as error:
             raise BuildError(f"initrd {given}: {getattr(error, 'strerror', None) or error}") from None
         return initrds.with_overlay(data, find_busybox(say.note)) if with_agent else data
-    if not image.guest_os.startswith("linux"):
+    if not is_linux(image):
         if with_agent:
             raise BuildError(f"--exec and --shell need a Linux kernel; this one says that it is {image.guest_os!r}")
         return b""
     return initrds.default_initrd(find_busybox(say.note))
+
+
+def is_linux(image: KernelImage) -> bool:
+    """A kernel that takes Linux's parameters and initrds."""
+    return image.guest_os.startswith("linux")
 
 
 def command_line(append: str, mode: str, own_initrd: bool, size: os.terminal_size | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from pvirq import crash
+from pvirq.abi.errno import XenError
 from pvirq.cli import images
 from pvirq.cli.messages import Messages
 from pvirq.cli.terminal import (
@@ -47,7 +48,10 @@ class Options:
     vcpus: int
     command: str | None
     shell: bool
+    dom0: bool
     dom0_interrupts: bool
+    lsevtchn: tuple[int, ...]
+    debug_keys: tuple[str, ...]
     timeout: float | None
     engine: str
     verbose: bool
@@ -60,7 +64,7 @@ class Session:
         self.options = options
         self.say = say
         self.system_map: Path | None = None
-        self._dom0_wanted = options.dom0_interrupts
+        self._views_wanted = True
 
     def run(self) -> int:
         """Returns the exit status. What bad input raises (ImageError, BuildError, ...) is the caller's."""
@@ -71,7 +75,9 @@ class Session:
         initrd = images.make_initrd(options.initrd, image, bool(mode), self.say)
         size = terminal_size(sys.stdout.fileno()) if options.shell else None
         append = images.command_line(options.append, mode, options.initrd is not None, size)
-        with Host(engine=options.engine, wallclock=time.time()) as host:
+        if not images.is_linux(image):
+            append = options.append
+        with Host(engine=options.engine, wallclock=time.time(), dom0=not options.dom0) as host:
             guest = host.boot(image, initrd=initrd, append=append, memory=options.memory, vcpus=options.vcpus)
             with Interrupts() as interrupts:
                 return self._watched(guest, interrupts)
@@ -79,7 +85,7 @@ class Session:
     def _watched(self, guest: Guest, interrupts: Interrupts) -> int:
         try:
             status = self._watch(guest, interrupts)
-            self._dom0_interrupts(guest.host)
+            self._views(guest.host)
             return status
         except Interrupted as interrupted:
             return interrupted.status
@@ -127,7 +133,7 @@ class Session:
             # In terms of what was asked for, not of what the boot has left.
             raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for the end of {command!r}") from error
         self.say.end()
-        self._dom0_interrupts(host)  # before the power-off adds to them
+        self._views(host)  # before the power-off adds to them
         with contextlib.suppress(GuestError):
             guest.poweroff(POWEROFF_TIMEOUT)
         return result.status
@@ -188,13 +194,25 @@ class Session:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
 
-    def _dom0_interrupts(self, host: Host) -> None:
-        if self._dom0_wanted:
-            self._dom0_wanted = False
-            self._stdout(b"domain 0:\n" + host.dom0.proc_interrupts().encode())
+    def _views(self, host: Host) -> None:
+        """What was asked for of domain 0's and the hypervisor's side; once."""
+        if not self._views_wanted:
+            return
+        self._views_wanted = False
+        options, texts = self.options, []
+        if options.dom0_interrupts:
+            texts.append("domain 0:\n" + host.dom0.proc_interrupts())
+        texts += [host.debug_key(key) for key in options.debug_keys]
+        for domid in options.lsevtchn:
+            try:
+                texts.append(f"domain {domid}:\n" + host.lsevtchn(domid))
+            except XenError:
+                self.say.note(f"--lsevtchn {domid}: there is no such domain")
+        for text in texts:
+            self._stdout(text.encode())
 
     def _report(self, guest: Guest, why: str, status: int) -> int:
         assert guest.image is not None
         self.say.text(crash.report(guest, f"pvirq: {why}", symbols_for(guest.image, self.system_map)))
-        self._dom0_interrupts(guest.host)
+        self._views(guest.host)
         return status

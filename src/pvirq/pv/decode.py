@@ -45,8 +45,7 @@ _ONE_BYTE_MODRM: Final = frozenset(
     + [0xF6, 0xF7, 0xFE, 0xFF]
 )
 _TWO_BYTE_WITHOUT_MODRM: Final = frozenset(
-    [*range(0x05, 0x0D), *range(0x30, 0x38), 0x77, *range(0x80, 0x90), 0xA0, 0xA1, 0xA2, 0xA8, 0xA9, 0xAA]
-    + [*range(0xC8, 0xD0)]
+    [*range(5, 13), *range(48, 56), 119, *range(128, 144), 160, 161, 162, 168, 169, 170, *range(200, 208)]
 )
 _RSP, _RBP = 4, 5
 

@@ -72,7 +72,7 @@ def read_msr(cpu: PvVcpu, number: int) -> int | None:
         return engine.tsc_aux
     if number == MSR_MCG_CAP:
         return len(MSR_MC_BANKS) // 4
-    if number in MSR_P5_MC or number == MSR_MCG_STATUS or number in MSR_MC_BANKS or number == MSR_HYPERVISOR_BASE:
+    if number in MSR_P5_MC or number in (MSR_MCG_STATUS, MSR_HYPERVISOR_BASE) or number in MSR_MC_BANKS:
         return 0
     return None
 

@@ -191,13 +191,17 @@ def multicall(cpu: PvVcpu, calls: int, count: int) -> int:
         return -Errno.EFAULT
     count &= 0xFFFFFFFF
     end, stop = calls + count * MULTICALL_ENTRY, calls + min(count, MULTICALL_CHUNK) * MULTICALL_ENTRY
+    clock = cpu.domain.hypervisor.clock
+    deadline = clock.next_deadline()
     cpu.in_multicall = True
     try:
         for va in range(calls, stop, MULTICALL_ENTRY):
             _one_call(cpu, va, (end - va) // MULTICALL_ENTRY)
-            if not cpu.vcpu.runnable or cpu.vcpu.event_pending():
-                # It blocked or went away in the middle, or has an upcall to take (hypercall_preempt_check): the rest
-                # is for when it runs again.
+            due = clock.next_deadline()
+            timer_is_due = due is not None and due != deadline and due <= clock.now()
+            if not cpu.vcpu.runnable or cpu.vcpu.event_pending() or timer_is_due:
+                # It blocked or went away in the middle, has an upcall to take, or has set a timer to the past
+                # (hypercall_preempt_check): the rest is for when it runs again.
                 stop = va + MULTICALL_ENTRY
                 break
     finally:

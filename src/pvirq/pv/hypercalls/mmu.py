@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_IO, DOMID_SELF, DOMID_XEN
 from pvirq.pv import descriptors
+from pvirq.pv.hypercalls.protocol import Preempted, handle_okay
 from pvirq.pv.pagetable import PageTables
 from pvirq.xen.memory import PGT_L1, PGT_WRITABLE
 
@@ -42,14 +44,21 @@ UVMF_FLUSHTYPE_MASK: Final = 3
 UVMF_TLB_FLUSH, UVMF_INVLPG = 1, 2
 UVMF_ALL: Final = 1 << 2
 
-# A guest may name any number of requests; a batch this long is read at once.
+# A guest may name any number of requests. A batch of CHUNK is read at once; after LONGEST_TURN others get theirs.
 CHUNK: Final = 512
+LONGEST_TURN: Final = 8 * CHUNK
 
 
-def _handle_okay(va: int, count: int, size: int) -> bool:
-    """guest_handle_okay: the whole array lies in the guest's half of the address space."""
-    end = va + count * size
-    return end <= 1 << 47 or (va >= 0xFFFF_8800_0000_0000 and end <= 1 << 64)
+def _continued(cpu: PvVcpu, count: int, pdone: int) -> tuple[int, int]:
+    """How many requests are left, and how many an earlier turn of the same hypercall has done."""
+    count &= 0xFFFFFFFF
+    if not count & MMU_UPDATE_PREEMPTED:
+        return count, 0
+    try:
+        before = int.from_bytes(cpu.read(pdone, 4), "little") if pdone else 0
+    except XenError:
+        before = 0
+    return count & ~MMU_UPDATE_PREEMPTED, before
 
 
 def _requests(cpu: PvVcpu, va: int, count: int, size: int) -> tuple[bytes, int, bool]:
@@ -86,16 +95,14 @@ def _foreign(cpu: PvVcpu, domid: int) -> bool:
 
 def _report_done(cpu: PvVcpu, pdone: int, done: int) -> None:
     if pdone:
-        try:
-            cpu.write(pdone, struct.pack("<I", done))
-        except XenError:
-            pass  # as Xen: the result says the same
+        with contextlib.suppress(XenError):  # as Xen: the result says the same
+            cpu.write(pdone, struct.pack("<I", done & 0xFFFFFFFF))
 
 
 def mmu_update(cpu: PvVcpu, requests: int, count: int, pdone: int, foreigndom: int) -> int:
     """Change page-table entries and machine-to-phys entries, in order, until one fails (do_mmu_update)."""
-    count = count & 0xFFFFFFFF & ~MMU_UPDATE_PREEMPTED
-    if not _handle_okay(requests, count, 16):
+    count, before = _continued(cpu, count, pdone)
+    if not handle_okay(requests):
         return -Errno.EFAULT
     if foreigndom >> 16 & 0xFFFF:
         owner = (foreigndom >> 16 & 0xFFFF) - 1
@@ -111,7 +118,7 @@ def mmu_update(cpu: PvVcpu, requests: int, count: int, pdone: int, foreigndom: i
         foreign = True
     done, result, flush = 0, 0, False
     tables = cpu.tables
-    while done < count and not result:
+    while done < min(count, LONGEST_TURN) and not result:
         data, got, fault = _requests(cpu, requests + done * 16, count - done, 16)
         for pointer, value in struct.iter_unpack("<QQ", data):
             command = pointer & 7
@@ -135,7 +142,9 @@ def mmu_update(cpu: PvVcpu, requests: int, count: int, pdone: int, foreigndom: i
             result = -Errno.EFAULT
     if flush:
         cpu.flush_tlb()
-    _report_done(cpu, pdone, done)
+    _report_done(cpu, pdone, before + done)
+    if not result and done < count:
+        raise Preempted(requests + done * 16, count - done | MMU_UPDATE_PREEMPTED, pdone, foreigndom)
     return result
 
 
@@ -188,8 +197,8 @@ def _vcpu_mask(cpu: PvVcpu, va: int) -> int:
 
 def mmuext_op(cpu: PvVcpu, operations: int, count: int, pdone: int, foreigndom: int) -> int:
     """Pin and unpin tables, change roots, flush, clear and copy pages (do_mmuext_op)."""
-    count = count & 0xFFFFFFFF & ~MMU_UPDATE_PREEMPTED
-    if not _handle_okay(operations, count, 24):
+    count, before = _continued(cpu, count, pdone)
+    if not handle_okay(operations):
         return -Errno.EFAULT
     foreign = False
     try:
@@ -197,7 +206,7 @@ def mmuext_op(cpu: PvVcpu, operations: int, count: int, pdone: int, foreigndom: 
     except XenError as error:
         return -error.errno
     done, result = 0, 0
-    while done < count and not result:
+    while done < min(count, LONGEST_TURN) and not result:
         data, got, fault = _requests(cpu, operations + done * 24, count - done, 24)
         for command, argument1, argument2 in struct.iter_unpack("<IxxxxQQ", data):
             try:
@@ -208,7 +217,9 @@ def mmuext_op(cpu: PvVcpu, operations: int, count: int, pdone: int, foreigndom: 
             done += 1
         if not result and fault and got < CHUNK:
             result = -Errno.EFAULT
-    _report_done(cpu, pdone, done)
+    _report_done(cpu, pdone, before + done)
+    if not result and done < count:
+        raise Preempted(operations + done * 24, count - done | MMU_UPDATE_PREEMPTED, pdone, foreigndom)
     return result
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of pvirq: `python -m benchmarks`."""

@@ -1,0 +1,220 @@
+"""How fast pvirq is: medians of several runs, printed beside their targets and written to bench.json.
+
+    python -m benchmarks [--runs N] [--output FILE] [--only NAME ...]
+
+The small kernel and the program in the guest are C (kernel.c, user.c); without gcc what needs them is left out.
+Times inside a guest are by its own clock, which runs with the host's while the guest works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pvirq import Guest, Host
+from pvirq.toolstack import kernels
+from pvirq.toolstack.initrd import default_initrd
+
+HERE = Path(__file__).parent
+MIB = 1 << 20
+APPEND = "console=hvc0 quiet pvirq=agent"
+MEMORY = 256 * MIB
+CFLAGS = ["-O2", "-std=gnu11", "-Wall", "-ffreestanding", "-fno-pic", "-fno-pie", "-no-pie", "-mno-red-zone",
+          "-mno-sse", "-mno-mmx", "-fno-stack-protector", "-fcf-protection=none", "-fno-asynchronous-unwind-tables",
+          "-nostdlib", "-static", "-Wl,--build-id=none", "-Wl,--no-warn-rwx-segments"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measurement's unit, how many digits are worth printing, and what it should not exceed (or reach: `least`)."""
+
+    unit: str
+    digits: int = 2
+    most: float | None = None
+    least: float | None = None
+
+
+TARGETS = {
+    "cold_boot": Target("s", 2, most=5),
+    "null_hypercall": Target("us", 2, most=2),
+    "read_1_byte": Target("us", 1, most=20),
+    "write_1_byte": Target("us", 1, most=20),
+    "event_send": Target("us", 1),
+    "event_round_trip": Target("us", 1),
+    "guest_speed": Target("MIPS", 0),
+    "resident_above_ram": Target("MiB", 0, most=120),
+    "idle_cpu_per_minute": Target("s", 3),
+}
+
+
+def compile_guest(name: str, directory: Path) -> Path:
+    """Build kernel.c or user.c. subprocess.CalledProcessError where gcc fails."""
+    output = directory / name
+    flags = [*CFLAGS, "-mcmodel=kernel", f"-Wl,-T,{HERE / 'link.ld'}"] if name == "kernel" else CFLAGS
+    subprocess.run(["gcc", *flags, str(HERE / f"{name}.c"), "-o", str(output)], check=True)
+    return output
+
+
+# -- the small kernel --------------------------------------------------------------------------------------------------
+
+
+def symbol(image: Path, name: str) -> int:
+    """A symbol's address, by nm."""
+    text = subprocess.run(["nm", str(image)], check=True, capture_output=True, text=True).stdout
+    match = re.search(rf"^([0-9a-f]+) \w {name}$", text, re.M)
+    if match is None:
+        raise ValueError(f"{image} has no symbol {name}")
+    return int(match[1], 16)
+
+
+def kernel_times(image: Path) -> dict[str, float]:
+    """One run of the small kernel."""
+    with Host() as host:
+        guest = host.boot(image, memory=16 * MIB)
+        reason = guest.wait(60)
+        if reason != "poweroff":
+            raise RuntimeError(f"the benchmark's kernel ended with {reason}")
+        at = guest.machine.address(0) + symbol(image, "results") - 0xFFFFFFFF80000000
+        numbers = struct.unpack_from("<8Q", guest.domain.machine.mem, at)
+        seconds = [
+            host.clock.ticks_to_ns(ticks) / 1e9 / rounds for ticks, rounds in zip(*[iter(numbers)] * 2, strict=True)
+        ]
+    call, send, round_trip, hundred = seconds
+    return {
+        "null_hypercall": call * 1e6,
+        "event_send": send * 1e6,
+        "event_round_trip": round_trip * 1e6,
+        "guest_speed": 100 / hundred / 1e6,
+    }
+
+
+# -- Linux -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def linux(files: dict[str, bytes]) -> Iterator[Guest]:
+    """Debian's kernel with a busybox, ready for commands."""
+    kernel = kernels.find_kernel(print_error)
+    initrd = default_initrd(kernels.find_busybox(print_error), files)
+    with Host() as host:
+        guest = host.boot(kernel.path, initrd=initrd, append=APPEND, memory=MEMORY)
+        guest.await_agent()
+        yield guest
+
+
+def system_calls(guest: Guest) -> dict[str, float]:
+    result = guest.run("/bench")
+    if result.status:
+        raise RuntimeError(f"the benchmark's program failed: {result.text}")
+    read, write = (int(word) for word in result.text.split())
+    return {"read_1_byte": read / 1000, "write_1_byte": write / 1000}
+
+
+def idle_cpu(guest: Guest) -> dict[str, float]:
+    """CPU time of this process while the guest sleeps a minute."""
+    began = time.process_time()
+    guest.run("sleep 60", timeout=120)
+    return {"idle_cpu_per_minute": time.process_time() - began}
+
+
+def cold_boot() -> dict[str, float]:
+    """The whole command, from its start to its end."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pvirq", "boot", "--exec", "true"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+    return {"cold_boot": time.perf_counter() - began}
+
+
+def resident() -> dict[str, float]:
+    """The peak of a process whose guest has used all of its memory, less that memory."""
+    command = [sys.executable, "-c", "from benchmarks.bench import report_resident; report_resident()"]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, cwd=HERE.parent)
+    return {"resident_above_ram": (int(result.stdout) * 1024 - MEMORY) / MIB}
+
+
+def report_resident() -> None:
+    """In a process of its own: print its VmHWM in KiB."""
+    with linux({}) as guest:
+        guest.run("dd if=/dev/zero of=/tmp/fill bs=1M count=150; rm /tmp/fill")
+        guest.poweroff()
+        print(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
+# -- running and reporting ---------------------------------------------------------------------------------------------
+
+
+def print_error(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def repeat(runs: int, measure: Callable[[], dict[str, float]], into: dict[str, list[float]]) -> None:
+    for _ in range(runs):
+        for name, value in measure().items():
+            into.setdefault(name, []).append(value)
+
+
+def collect(runs: int, wanted: set[str]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        files: dict[str, bytes] = {}
+        if shutil.which("gcc"):
+            files["bench"] = compile_guest("user", Path(scratch)).read_bytes()
+            if wanted & {"null_hypercall", "event_send", "event_round_trip", "guest_speed"}:
+                image = compile_guest("kernel", Path(scratch))
+                repeat(runs, lambda: kernel_times(image), found)
+        else:
+            print_error("no gcc: only what needs no program of the benchmark's own is measured")
+        if wanted & {"read_1_byte", "write_1_byte", "idle_cpu_per_minute"}:
+            with linux(files) as guest:
+                if files:
+                    repeat(runs, lambda: system_calls(guest), found)
+                repeat(runs, lambda: idle_cpu(guest), found)
+        if "cold_boot" in wanted:
+            cold_boot()  # the first fetches the kernel and fills the disk cache
+            repeat(runs, cold_boot, found)
+        if "resident_above_ram" in wanted:
+            repeat(min(runs, 3), resident, found)
+    return {name: found[name] for name in TARGETS if name in found and name in wanted}
+
+
+def verdict(target: Target, median: float) -> str:
+    if target.most is not None:
+        return f"{'ok' if median <= target.most else 'MISSED'}: at most {target.most:g}"
+    if target.least is not None:
+        return f"{'ok' if median >= target.least else 'MISSED'}: at least {target.least:g}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure pvirq.")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, of which the median counts")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME")
+    options = parser.parse_args()
+    results = {}
+    print(f"{'':22}{'median':>10} {'':5}{'least to most':>22}  target")
+    for name, values in collect(max(options.runs, 1), set(options.only)).items():
+        target, median = TARGETS[name], statistics.median(values)
+        spread = f"{min(values):.{target.digits}f} to {max(values):.{target.digits}f}"
+        print(f"{name:22}{median:>10.{target.digits}f} {target.unit:5}{spread:>22}  {verdict(target, median)}")
+        results[name] = {
+            "unit": target.unit, "median": median, "min": min(values), "max": max(values), "runs": len(values),
+            "at_most": target.most, "values": values,
+        }  # fmt: skip
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
+    options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    return 0
