@@ -55,6 +55,7 @@ KERNELS: list[Kernel] = [
     _run("ptwr"),
     _run("desc"),
     _run("event"),
+    _run("async"),
     _run("misc"),
     _run("memory"),
     _run("grant"),
@@ -81,7 +82,7 @@ def build(name: str) -> Path:
     flags = [*_CFLAGS, *(_RAW if name == "raw" else _KERNEL_HALF)]
     inputs = [SOURCES / part for part in ("start.S", "lib.c", f"{name}.c")]
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in (*inputs, SOURCES / "lib.h", SOURCES / "link.ld"):
+    for path in (*inputs, *sorted(SOURCES.glob("*.h")), SOURCES / "link.ld"):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pvirq-guests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)

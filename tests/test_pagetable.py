@@ -220,7 +220,7 @@ OPERATIONS: st.SearchStrategy[Operation] = st.one_of(
     *[st.tuples(st.just("set"), FRAME, SLOTS, FRAME, FLAGS, st.booleans())] * 6,
     *[st.tuples(st.just("pin"), FRAME, st.sampled_from(TABLE_KINDS))] * 4,
     st.tuples(st.just("unpin"), FRAME),
-    st.tuples(st.just("reflag"), FRAME, SLOTS, FLAGS),
+    *[st.tuples(st.just("reflag"), FRAME, st.integers(0, 8), FLAGS)] * 2,
     st.tuples(st.just("root"), FRAME),
     st.tuples(st.just("drop root"), st.integers(0, 3)),
     st.tuples(st.just("hold"), FRAME, st.sampled_from((PGT_SEG_DESC, PGT_WRITABLE))),
@@ -238,10 +238,12 @@ def apply(world: World, operation: Operation) -> None:
         case "set", int(table), int(slot), int(target), int(flags), bool(preserve):
             value = frame_of(world, target) << 12 & ADDRESS | flags
             world.set(frame_of(world, table), slot, value, preserve)
-        case "reflag", int(table), int(slot), int(flags):
+        case "reflag", int(table), int(which), int(flags):
             table = frame_of(world, table)
-            if table < world.machine.frames:
-                world.set(table, slot, world.entry(table, slot) & ADDRESS | flags)
+            present = world.entries(table) if table < world.machine.frames else []
+            if present:  # one of the entries that there are
+                slot, entry = present[which % len(present)]
+                world.set(table, slot, entry & ADDRESS | flags)
         case "pin", int(frame), int(kind):
             tables.pin(frame_of(world, frame), kind)
         case "unpin", int(frame):

@@ -29,7 +29,15 @@ static u32 any_port(void) { return port_in(&rng); }
 static u32 any_vcpu(void) { return rnd(16) ? rnd(vcpus) : rnd(4) ? vcpus : rnd(1u << 31) * 2; }
 static u16 any_domain(u32 odd) { return rnd(odd) ? DOMID_SELF : (u16[]){ 0, 5, DOMID_IO, DOMID_XEN, DOMID_INVALID }[rnd(5)]; }
 /* Nobody else can be disturbed: there is no other vCPU, or it waits with its upcalls closed. */
-static int alone(int d) { return vcpus == 1 || (!parked[!d] && vi[!d]->upcall_mask); }
+static int alone(int d) { return vcpus == 1 || (!parked[!d] && closed[!d]); }
+/* The other vCPU's turn to act. */
+static void pass(int d, int mask)
+{
+    closed[d] = mask;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    driver = !d;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 
 static void bound(int d, s64 rc, u32 port, u32 vcpu)
 {
@@ -543,8 +551,7 @@ static void op_sleep(int d)
     poll_arg.timeout = kind == 1 ? now() + NEVER : 0;
     nest = 0;
     parked[d] = 1;
-    driver = !d;
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    pass(d, kind ? vi[d]->upcall_mask : 0);
     s64 rc = kind ? HC2(HC_sched_op, 3, &poll_arg) : HC2(rnd(2) ? HC_sched_op : HC_sched_op_compat, 1, 0);
     word(d, "awake"); result(d, rc);
     parked[d] = 0;
@@ -663,7 +670,7 @@ static void step(int d)
 /* Waits until the other vCPU has seen what there is for it to see, and is asleep or back in its loop. */
 static void settle(int d)
 {
-    if (vcpus == 1 || (!parked[!d] && vi[!d]->upcall_mask))
+    if (alone(d))
         return;
     while (parked[!d] && !asleep(!d))
         yield();
@@ -716,7 +723,7 @@ static void act(int me)
                 continue;
             }
         } else if (vcpus == 2 && !rnd(6)) {
-            driver = !me;
+            pass(me, vi[me]->upcall_mask);
             continue;
         }
         unfinished = 1;

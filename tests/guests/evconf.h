@@ -17,6 +17,7 @@ static u32 vcpus;
 static volatile int driver;            /* who acts; only it touches anything but its own log */
 static volatile int parked[2];         /* in a sleeping hypercall, or about to be */
 static volatile u32 beat[2];           /* rounds of the waiting loop */
+static volatile u8 closed[2] = { 1, 1 }; /* waits with its upcalls masked (in a handler they are, too: not to be asked of vi) */
 static volatile struct vcpu_info *vi[2];
 static u32 upcalls_of[2], handled[2];
 

@@ -51,6 +51,8 @@ CS, SS, FS, GS = 1, 2, 4, 5
 HFLAGS: Final = layout.HFLAGS // 4
 CS_SELECTOR: Final = CpuState.segment_field(CS, 0) // 4
 SS_SELECTOR: Final = CpuState.segment_field(SS, 0) // 4
+SS_FLAGS: Final = CpuState.segment_field(SS, 20) // 4
+DESC_FLAGS: Final = 0x00F0FF00  # of a descriptor's upper half, what a segment's cache keeps
 # Indexes of items: 64-bit for the first two, 32-bit for the others. The arithmetic flags are kept apart, lazily.
 EFLAGS, CC_SRC = layout.EFLAGS // 8, layout.EFLAGS // 8 + 2
 CC_OP, DF = layout.EFLAGS // 4 + 8, layout.EFLAGS // 4 + 9
@@ -273,8 +275,9 @@ class UnicornEngine:
 
     def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
         u32 = self._u32
-        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE:
-            # From 64-bit code to 64-bit code, where bases and limits mean nothing.
+        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE and u32[SS_FLAGS] == stack >> 32 & DESC_FLAGS:
+            # From 64-bit code to 64-bit code, where bases and limits mean nothing. (SS's kind counts once the guest
+            # leaves 64-bit code by itself.)
             u32[CS_SELECTOR], u32[SS_SELECTOR] = cs, ss
             return
         mode = code, stack, u32[HFLAGS] & HF_MODE, u32[CS_SELECTOR], u32[SS_SELECTOR]
@@ -307,7 +310,7 @@ class UnicornEngine:
         self._u32[at // 4] = selector
         self._u64[at // 8 + 1] = low >> 16 | (high & 0xFF) << 16 | high & 0xFF000000
         self._u32[at // 4 + 4] = limit << 12 | 0xFFF if high & DESC_G else limit
-        self._u32[at // 4 + 5] = high & 0x00F0FF00
+        self._u32[at // 4 + 5] = high & DESC_FLAGS
 
     def set_gdt(self, base: int, limit: int) -> None:
         at = CpuState.segment_field(layout.GDT, 0)
