@@ -1,11 +1,12 @@
 # make run     boot a Linux PV guest and show the interrupts on both sides
 # make test    everything that is checked: style, types, import floors, tests
+# make conformance   event channels against real Xen in QEMU, with fresh seeds (docs/conformance.md)
 # make bench   the benchmarks: medians, and bench.json
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin
 
-.PHONY: run test lint bench setup clean
+.PHONY: run test lint conformance bench setup clean
 
 run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
@@ -18,6 +19,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+conformance: setup
+	$(BIN)/python tests/conformance.py $(CONFORMANCE)
 
 bench: setup
 	$(BIN)/python -m benchmarks

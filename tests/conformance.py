@@ -186,7 +186,7 @@ def compare(xen: realxen.RealXen, runs: Sequence[Run], directory: Path | None = 
             same = first_difference(real, here) is None
             finished = ended(real) and ended(here)
             if directory or not (same and finished):
-                keep(directory or Path("conformance-differences"), run, real, here)
+                keep(directory or Path("build/conformance"), run, real, here)
             if not same:
                 status = DIFFERENT
                 explain(xen, run, real, here)
