@@ -102,17 +102,18 @@ def transcript(console: str) -> list[str]:
 
 def on_pvirq(run: Run) -> list[str]:
     """The transcript on pvirq; where it doesn't end, the last line says so."""
-    why = ""
+    why, output = "", bytearray()
     with Host(dom0=False, wallclock=1.7e9) as host:
         guest = host.boot(build(run.kernel), append=run.cmdline, memory=MEMORY, vcpus=run.vcpus)
+        guest.console.on_output(output.extend)  # all of it, not only the last that the console keeps
         try:
             if not host.run(lambda: guest.ended, timeout_ns=(120 + run.ops // 100) * 1_000_000_000):
                 why = "did not end"
         except HostStuck as error:
             why = str(error)
-        lines = transcript(guest.console.text())
         if guest.machine.crash:
             why = guest.machine.crash
+    lines = transcript(output.decode(errors="replace"))
     return [*lines, f"<pvirq: {why}>"] if why else lines
 
 

@@ -233,14 +233,17 @@ class EventChannels(RuleBasedStateMachine):
         return None if isinstance(got, Errno) else got
 
     @initialize(
-        fifo=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+        abis=st.tuples(*[st.sampled_from(["two-level", "FIFO", "FIFO without a page"])] * 3),
+        ipis=st.lists(st.tuples(doms, vcpus), max_size=4),
         connections=st.lists(st.tuples(doms, doms), max_size=6),
     )
-    def begin(self, fifo: tuple[bool, ...], connections: list[tuple[int, int]]) -> None:
-        """Most of what can go wrong needs the FIFO ABI and connected ports: don't leave them to luck."""
-        for who in range(3):
-            if fifo[who]:
-                self.start_fifo(who, (0, 1), True)
+    def begin(self, abis: tuple[str, ...], ipis: list[tuple[int, int]], connections: list[tuple[int, int]]) -> None:
+        """Most of what can go wrong needs the FIFO ABI and connected ports: they are not left to luck."""
+        for who, abi in enumerate(abis):
+            if abi != "two-level":
+                self.start_fifo(who, (0, 1), abi == "FIFO")
+        for who, vcpu in ipis:
+            self.bind_ipi(who, vcpu)
         for who, remote in connections:
             self.connect(who, remote)
 
@@ -485,6 +488,8 @@ class EventChannels(RuleBasedStateMachine):
         evtchn.reset(self.domain(who), DOMID_SELF)
         self.forget(who, xen_too=False)
         if model.fifo:
+            pages = [at >> 10 for at in [*self.sides[who].control.values(), *self.sides[who].array]]
+            assert not any(self.machine.refs[mfn] or self.machine.type_count[mfn] for mfn in pages)
             self.sides[who].forget_fifo()
             model.start(fifo=False)
 
