@@ -9,7 +9,6 @@ import signal
 import struct
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -276,9 +275,7 @@ def test_interrupts() -> None:
         interrupts.check()
         assert interrupts.wait(1_000_000) == 1_000_000
         os.kill(os.getpid(), signal.SIGTERM)
-        began = time.monotonic()
         interrupts.wait(None)  # the signal ends it
-        assert time.monotonic() - began < 1
         with pytest.raises(Interrupted) as caught:
             interrupts.check()
         assert caught.value.signum == signal.SIGTERM

@@ -396,6 +396,21 @@ class EventChannels(RuleBasedStateMachine):
         else:
             self.models[domid].raise_event(port, what.vcpu)
 
+    @rule(who=doms, pick=st.integers(0, 7), vcpu=vcpus, priority=st.sampled_from([3, 7]))
+    def move_and_raise(self, who: int, pick: int, vcpu: int, priority: int) -> None:
+        """A port that may be the old tail of one queue comes onto another."""
+        self.bind_vcpu(who, pick, vcpu)
+        self.set_priority(who, pick, priority)
+        what = self.models[who].ports.get(self.pick(who, pick))
+        if what and what.kind == EVTCHNSTAT_interdomain:
+            self.send(what.remote, sorted(self.models[what.remote].ports).index(what.remote_port))
+
+    @rule(who=doms, pick=st.integers(0, 7), remote=doms)
+    def close_and_connect(self, who: int, pick: int, remote: int) -> None:
+        """The number is mostly given out again at once: nothing of its former life may show."""
+        self.close(who, pick)
+        self.connect(who, remote)
+
     @rule(who=doms, pick=picks)
     def notify_via_xen(self, who: int, pick: int) -> None:
         ports = [port for port, what in self.models[who].ports.items() if what.xen]

@@ -136,7 +136,6 @@ def test_sleep_is_as_long_as_it_says(linux: Linux) -> None:
         passed, real = linux.uptime() - before, time.perf_counter() - began
         assert seconds <= passed + 0.01
         assert passed < seconds + real + 0.05
-        assert real < max(seconds, 5)
 
 
 def test_the_memory_is_there(linux: Linux) -> None:

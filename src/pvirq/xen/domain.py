@@ -7,6 +7,7 @@ event channels, shared_info and blocking are one code for both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pvirq.abi.errno import Errno, XenError
@@ -25,6 +26,7 @@ from pvirq.xen.timer import Clock, Timer
 
 if TYPE_CHECKING:
     from pvirq.xen.evtchn import EventChannels
+    from pvirq.xen.evtchn_op import Evtchnop
     from pvirq.xen.grant import GrantTable
 
 
@@ -137,6 +139,13 @@ class Domain:
         for vcpu in self.vcpus:
             self.machine.mem[vcpu.info + VCPU_INFO_UPCALL_MASK] = 1
         self.evtchn: EventChannels = EventChannels(self, max_evtchns)
+
+    @cached_property
+    def evtchnop(self) -> Evtchnop:
+        """HYPERVISOR_event_channel_op as this domain."""
+        from pvirq.xen.evtchn_op import Evtchnop
+
+        return Evtchnop(self)
 
     def vcpu(self, vcpu_id: int) -> Vcpu:
         """A vCPU by number; XenError(ENOENT) where there is none."""
