@@ -57,8 +57,9 @@ from pvirq.engine.protocol import (
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
 from pvirq.pv.cpuid import guest_cpuid
+from pvirq.pv.guest_memory import GuestMemory
 from pvirq.pv.hypercalls.protocol import GuestCrash, Preempted
-from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, RW, PageTables
+from pvirq.pv.pagetable import NX, PageTables
 from pvirq.xen.domain import Vcpu
 from pvirq.xen.vtimer import DEFAULT_PERIOD
 
@@ -88,27 +89,24 @@ _unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
-class PvVcpu:
+class PvVcpu(GuestMemory):
     """One vCPU. While it is loaded (`PvGuest.current`), the engine holds its registers.
 
     Implements `pvirq.engine.protocol.GuestHandler` and `pvirq.pv.hypercalls.protocol.GuestCpu`.
     """
 
     def __init__(self, guest: PvGuest, vcpu: Vcpu) -> None:
+        super().__init__(vcpu.domain.machine)
         self.guest = guest
         self.vcpu = vcpu
         self.domain = vcpu.domain
         self.engine = guest.engine
         self.tables: PageTables = guest.tables
         self.regs = guest.engine.regs
-        self._mem = vcpu.domain.machine.mem
-        self._u64 = vcpu.domain.machine.u64
         self.saved_engine_state: bytes | None = None
 
         self.user_mode = False
-        self.kernel_root = 0  # mfn of the root page table
-        self.user_root = 0
-        self._walk_root = 0  # index in u64 of the root that translations start from
+        self.user_root = 0  # mfn of the root page table of user mode
         self.inactive_gs_base = 0  # of the mode that isn't running
         self.kernel_sp = 0
         self.kernel_ss = 0
@@ -145,78 +143,7 @@ class PvVcpu:
         self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
 
-    # -- guest memory ------------------------------------------------------------------------------------------------
-
-    def translate(self, va: int, write: bool = False) -> int:
-        """The machine address behind a guest virtual address, as Xen's copy_to/from_guest would reach it.
-
-        XenError(EFAULT): not mapped, not writable, or in Xen's part of the address space.
-        """
-        if not (va < 1 << 47 or va >= HYPERVISOR_VIRT_END):
-            raise XenError(Errno.EFAULT, f"{va:#x} is not a guest address")
-        u64 = self._u64
-        entry = flags = u64[self._walk_root + (va >> 39 & 511)]
-        if entry & PRESENT:
-            entry = u64[((entry & ADDRESS) >> 3) + (va >> 30 & 511)]
-            flags &= entry
-            if entry & PRESENT:
-                entry = u64[((entry & ADDRESS) >> 3) + (va >> 21 & 511)]
-                flags &= entry
-                if entry & PRESENT:
-                    entry = u64[((entry & ADDRESS) >> 3) + (va >> 12 & 511)]
-                    if entry & PRESENT and (not write or flags & entry & RW):
-                        return entry & ADDRESS | va & 0xFFF
-        raise XenError(Errno.EFAULT, f"{va:#x} is not {'writable' if write else 'mapped'}")
-
-    def l1_index(self, va: int) -> int | None:
-        """Where the level-1 entry of an address is, as an index of 64-bit items; None without a level-1 table."""
-        u64, index = self._u64, self._walk_root + (va >> 39 & 511)
-        for shift in (30, 21, 12):
-            entry = u64[index]
-            if not entry & PRESENT:
-                return None
-            index = ((entry & ADDRESS) >> 3) + (va >> shift & 511)
-        return index
-
-    def read(self, va: int, nbytes: int) -> bytes:
-        """Copy from the guest; XenError(EFAULT) where any of it can't be read."""
-        va &= M64
-        if (va & 0xFFF) + nbytes <= 0x1000:
-            at = self.translate(va)
-            return bytes(self._mem[at : at + nbytes])
-        parts, end = [], va + nbytes
-        while va < end:
-            size = min(0x1000 - (va & 0xFFF), end - va)
-            at = self.translate(va & M64)
-            parts.append(bytes(self._mem[at : at + size]))
-            va += size
-        return b"".join(parts)
-
-    def read_as_kernel(self, va: int, nbytes: int) -> bytes:
-        """`read` through the kernel's page tables, whatever mode the guest is in."""
-        root, self._walk_root = self._walk_root, self.kernel_root << 9
-        try:
-            return self.read(va, nbytes)
-        finally:
-            self._walk_root = root
-
-    def write(self, va: int, data: bytes) -> None:
-        """Copy to the guest; XenError(EFAULT), and nothing copied, where any of it can't be written."""
-        va &= M64
-        size = len(data)
-        if (va & 0xFFF) + size <= 0x1000:
-            at = self.translate(va, write=True)
-            self._mem[at : at + size] = data
-            return
-        spans, end = [], va + size
-        while va < end:
-            size = min(0x1000 - (va & 0xFFF), end - va)
-            spans.append((self.translate(va & M64, write=True), size))
-            va += size
-        done = 0
-        for at, size in spans:
-            self._mem[at : at + size] = data[done : done + size]
-            done += size
+    # -- address spaces and modes ------------------------------------------------------------------------------------
 
     def update_runstate_area(self, info: bytes) -> None:
         """Write the runstate where the guest keeps it; not at all where it isn't mapped (update_runstate_area)."""
@@ -227,8 +154,6 @@ class PvVcpu:
             pass
         finally:
             self._walk_root = root
-
-    # -- address spaces and modes ------------------------------------------------------------------------------------
 
     def load_root(self) -> None:
         """Point the CPU at the root of the mode that it is in."""
