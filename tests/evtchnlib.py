@@ -143,7 +143,10 @@ class GuestSide:
             return
         u32, heads = self.u32, self.heads[vcpu]
         ready, u32[control + READY] = u32[control + READY], 0
+        steps = 0
         while ready:
+            steps += 1
+            assert steps < 10_000, f"the queues of vCPU {vcpu} have no end"
             queue = (ready & -ready).bit_length() - 1
             port = heads[queue] or u32[control + HEAD + queue]
             at = self.word_at(port)

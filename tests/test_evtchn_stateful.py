@@ -606,6 +606,10 @@ class EventChannels(RuleBasedStateMachine):
 
 
 EventChannels.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 TestEventChannels = EventChannels.TestCase

@@ -30,6 +30,7 @@ LONGEST_STRING: Final = 4096  # elements of one REP INS/OUTS before the guest ge
 RDPMC: Final = b"\x0f\x33"
 FORCED_CPUID: Final = b"\x0f\x0bxen\x0f\xa2"
 CLI, STI = 0xFA, 0xFB
+IN_BYTE: Final = 0xEC
 ONE_BYTE_IO: Final = frozenset((0xEC, 0xED, 0xEE, 0xEF))
 
 
@@ -267,10 +268,14 @@ def _in_or_out(cpu: PvVcpu, opcode: int, port: int, size: int) -> None:
 def _one_byte_io(cpu: PvVcpu, rip: int, opcode: int) -> int | None:
     """IN and OUT of a byte or 32 bits, port in DX, without a prefix."""
     size = 4 if opcode & 1 else 1
-    port = cpu.regs[RDX] & 0xFFFF
+    regs = cpu.regs
+    port = regs[RDX] & 0xFFFF
     if not _io_okay(cpu, port, size):
         return None
-    _in_or_out(cpu, opcode, port, size)
+    if opcode == IN_BYTE and port != RTC_INDEX:
+        regs[RAX] |= 0xFF
+    else:
+        _in_or_out(cpu, opcode, port, size)
     return rip + 1 & M64
 
 

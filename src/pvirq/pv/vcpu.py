@@ -391,7 +391,8 @@ class PvVcpu(GuestMemory):
             if not error:
                 done = emulate.privileged(self, rip)
                 if done is not None:
-                    return self.deliver_events(done)
+                    mem, info = self._mem, self.vcpu.info
+                    return self.deliver_events(done) if mem[info] and not mem[info + 1] else done
                 if emulate.is_stack_fault(self, rip):
                     return self.inject(TRAP_SS, rip)
             return self.inject(TRAP_GP, rip, error)
