@@ -419,6 +419,26 @@ def test_poll(guest: Domain) -> None:
     assert not vcpu.runnable
 
 
+def test_pollers_are_counted(guest: Domain) -> None:
+    """An event looks for pollers only while there are some: who is woken otherwise mustn't hide the rest."""
+    ports = [evtchn.bind_ipi(guest, 0) for _ in range(3)]
+    for port in ports:
+        mask(guest, port)
+    for round_ in range(2):
+        for vcpu, port in zip(guest.vcpus, ports, strict=True):
+            sched.do_poll(vcpu, [port])
+        assert guest.pollers == 3
+        guest.vcpus[0].kick()
+        guest.vcpus[0].kick()
+        assert guest.pollers == 2
+        for vcpu, port in zip(guest.vcpus[1:], ports[1:], strict=True):
+            assert not vcpu.runnable
+            evtchn.send(guest, port)
+            assert vcpu.runnable, f"round {round_}"
+        assert guest.pollers == 0
+        consume(guest)
+
+
 def test_a_masked_upcall_ends_a_poll_of_another_port(guest: Domain) -> None:
     """The kick for a new upcall ends a poll even while the guest holds upcalls off."""
     polled, other, vcpu = evtchn.bind_ipi(guest, 0), evtchn.bind_ipi(guest, 0), guest.vcpus[0]
