@@ -86,7 +86,7 @@ class Bench:
             self.engine.run()
         return list(self.events)
 
-    def syscall(self, rip: int) -> int:
+    def syscall(self, rip: int, cs: int) -> int:
         self.events.append(Event(("syscall", rip)))
         if self.on_syscall:
             return self.on_syscall(rip)

@@ -67,7 +67,7 @@ class Guest:
         self.tables.set_l1(index, mfn << 12 | flags)
         self.cpu.flush_tlb()
 
-    def syscall(self, rip: int) -> int:
+    def syscall(self, rip: int, cs: int) -> int:
         self.stopped = True
         self.engine.stop()
         return rip

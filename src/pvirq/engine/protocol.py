@@ -50,8 +50,11 @@ class EngineError(Exception):
 class GuestHandler(Protocol):
     """Whoever owns the guest. Called on the thread that called Engine.run; an exception ends that run."""
 
-    def syscall(self, rip: int) -> int:
-        """SYSCALL was executed; `rip` is the address after it. Returns where to go on."""
+    def syscall(self, rip: int, cs: int) -> int:
+        """SYSCALL was executed; `rip` is the address after it, `cs` the selector of the code. Returns where to go on.
+
+        No register is changed yet: what SYSCALL leaves in RCX, R11, CS and SS is the handler's business.
+        """
         ...
 
     def exception(self, vector: int, error: int, rip: int, software: bool) -> int:

@@ -121,7 +121,7 @@ class UnicornEngine:
         def syscall(_uc: int, _data: int) -> None:
             # Unicorn leaves RIP at the instruction and adds its two bytes when this returns.
             try:
-                regs[RIP] = (self.handler.syscall(regs[RIP] + 2 & M64) - 2) & M64
+                regs[RIP] = (self.handler.syscall(regs[RIP] + 2 & M64, u32[CS_SELECTOR]) - 2) & M64
             except BaseException as failure:
                 self._fail(failure)
 

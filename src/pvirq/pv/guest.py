@@ -277,7 +277,7 @@ class PvGuest:
 class _Nobody:
     """Stands in until the vCPUs exist."""
 
-    def syscall(self, rip: int) -> int:
+    def syscall(self, rip: int, cs: int) -> int:
         raise AssertionError
 
     def exception(self, vector: int, error: int, rip: int, software: bool) -> int:

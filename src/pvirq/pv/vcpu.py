@@ -278,10 +278,10 @@ class PvVcpu(GuestMemory):
 
     # -- what the engine calls: GuestHandler ---------------------------------------------------------------------------
 
-    def syscall(self, rip: int) -> int:
+    def syscall(self, rip: int, cs: int) -> int:
         """SYSCALL: a hypercall from the guest kernel, a system call from its user (lstar_enter)."""
         if self.user_mode:
-            return self._user_syscall(rip)
+            return self._user_syscall(rip, cs)
         regs = self.regs
         number = regs[RAX]
         if number == HYPERVISOR_iret:
@@ -310,24 +310,21 @@ class PvVcpu(GuestMemory):
             result = -Errno.ENOSYS
         regs[RAX] = result & M64
         # What SYSCALL did to the guest's registers.
-        engine = self.engine
-        regs[RCX], regs[R11] = rip, engine.rflags
-        if engine.segment(1) != FLAT_KERNEL_CS:
-            engine.set_code_stack(FLAT_KERNEL_CS, descriptors.CODE64, FLAT_KERNEL_SS, descriptors.DATA)
+        regs[RCX], regs[R11] = rip, self.engine.rflags
+        if cs != FLAT_KERNEL_CS:
+            self.engine.set_code_stack(FLAT_KERNEL_CS, descriptors.CODE64, FLAT_KERNEL_SS, descriptors.DATA)
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
             return self.deliver_events(rip)
         return rip
 
-    def _user_syscall(self, rip: int) -> int:
-        regs, engine = self.regs, self.engine
-        rflags = engine.rflags
-        compat = engine.segment(1) == FLAT_RING3_CS32
+    def _user_syscall(self, rip: int, cs: int) -> int:
+        regs, rflags = self.regs, self.engine.rflags
+        regs[RCX], regs[R11] = rip, rflags  # as SYSCALL leaves them
+        compat = cs == FLAT_RING3_CS32
         target, masks = self.syscall32_callback if compat else (self.syscall_callback, self.syscall_masks_events)
         if not target:
             return self.inject(TRAP_UD, rip - SYSCALL_LENGTH)
-        # What SYSCALL leaves in RCX and R11 is what the kernel finds there.
-        regs[RCX], regs[R11] = rip, rflags
         cs = FLAT_RING3_CS32 if compat else FLAT_RING3_CS64
         rip = self._bounce_from(cs, FLAT_RING3_SS64, target, masks, rip, rflags, None)
         mem, info = self._mem, self.vcpu.info
