@@ -84,6 +84,11 @@ class Engine(Protocol):
     stop_at: int | None  # counter value (`counter()`) at which a run ends by itself; None: no limit
 
     @property
+    def control_flags(self) -> int:
+        """RFLAGS without the arithmetic flags, which an emulator works out only when asked."""
+        ...
+
+    @property
     def cr2(self) -> int:
         """The address of the last page fault."""
         ...

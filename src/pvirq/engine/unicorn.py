@@ -112,6 +112,15 @@ class UnicornEngine:
         self.handler = handler
         self._install()
 
+    @property
+    def handler(self) -> GuestHandler:
+        return self._handler
+
+    @handler.setter
+    def handler(self, handler: GuestHandler) -> None:
+        self._handler = handler
+        self._on_syscall = handler.syscall  # looked up once, not a million times
+
     # -- hooks: where guest code reaches the handler ---------------------------------------------------------------
 
     def _install(self) -> None:
@@ -121,7 +130,10 @@ class UnicornEngine:
         def syscall(_uc: int, _data: int) -> None:
             # Unicorn leaves RIP at the instruction and adds its two bytes when this returns.
             try:
-                regs[RIP] = (self.handler.syscall(regs[RIP] + 2 & M64, u32[CS_SELECTOR]) - 2) & M64
+                rip = regs[RIP] + 2 & M64
+                target = self._on_syscall(rip, u32[CS_SELECTOR])
+                if target is not rip:  # as it is for most hypercalls, and numbers of 64 bits are slow
+                    regs[RIP] = target - 2 & M64
             except BaseException as failure:
                 self._fail(failure)
 
@@ -208,6 +220,11 @@ class UnicornEngine:
         u32[CC_OP] = CC_OP_EFLAGS
         u32[DF] = 0xFFFFFFFF if value & FLAG_DF else 1
         u64[EFLAGS] = value & FLAGS_STORED | 2
+
+    @property
+    def control_flags(self) -> int:
+        flags: int = self._u64[EFLAGS] & FLAGS_STORED | self._u32[DF] & FLAG_DF
+        return flags
 
     @property
     def cr2(self) -> int:
