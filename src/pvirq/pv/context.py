@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.arch_x86 import (
     FIRST_RESERVED_GDT_ENTRY,
-    HYPERVISOR_VIRT_END,
     TRAP_INFO,
     TRAP_INFO_SIZE,
     VGCF_failsafe_disables_events,
@@ -18,6 +17,7 @@ from pvirq.abi.arch_x86 import (
 from pvirq.abi.errno import Errno, XenError
 from pvirq.engine.protocol import FLAG_IF, FLAG_IOPL, RIP, RSP
 from pvirq.pv import descriptors
+from pvirq.pv.addresses import addr_ok, canonical
 from pvirq.xen.memory import PGT_L4
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def initialise(target: PvVcpu, context: bytes) -> None:
     addresses = [rip, rsp, kernel_sp, *bases, *callbacks, *(address for _, _, _, address in traps)]
     if ldt_entries:
         addresses.append(ldt_base)
-    if any(1 << 47 <= va < (1 << 64) - (1 << 47) for va in addresses):
+    if not all(canonical(va) for va in addresses):
         raise XenError(Errno.EINVAL, "an address that isn't canonical")
-    if 1 << 47 <= ldt_base < HYPERVISOR_VIRT_END or ldt_base & 0xFFF or ldt_entries > 8192:
+    if not addr_ok(ldt_base) or ldt_base & 0xFFF or ldt_entries > 8192:
         raise XenError(Errno.EINVAL, f"LDT of {ldt_entries} entries at {ldt_base:#x}")
     if entries > FIRST_RESERVED_GDT_ENTRY:
         raise XenError(Errno.EINVAL, f"GDT of {entries} entries")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from pvirq.abi.arch_x86 import VMASST_TYPE_architectural_iopl
 from pvirq.abi.errno import XenError
 from pvirq.engine.protocol import FLAG_DF, RAX, RBX, RCX, RDI, RDX, RSI, TRAP_GP, TRAP_UD
+from pvirq.pv.addresses import addr_ok, canonical
 from pvirq.pv.decode import prefixes, stack_operand
 from pvirq.pv.msr import read_msr, write_msr
 from pvirq.pv.writable_pagetable import write_register
@@ -63,7 +64,7 @@ def is_stack_fault(cpu: PvVcpu, rip: int) -> bool:
         return False
     base, displacement = operand
     va = cpu.regs[base] + displacement & M64
-    return 1 << 47 <= va <= M64 - (1 << 47)
+    return not canonical(va)
 
 
 def iopl_ok(cpu: PvVcpu) -> bool:
@@ -208,7 +209,7 @@ def write_debug_register(cpu: PvVcpu, which: int, value: int) -> bool:
     """False where the value is not allowed (set_debugreg): an address of Xen's, or reserved bits."""
     which = which + 2 if which in (4, 5) else which
     if which < 4:
-        if not (value < 1 << 47 or value >= 0xFFFF_8800_0000_0000):
+        if not addr_ok(value):
             return False
     elif value >> 32:
         return False

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pvirq.pv.addresses import canonical
+
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
 
@@ -35,10 +37,6 @@ APIC_BASE_ENABLE, APIC_BASE_BSP = 1 << 11, 1 << 8
 # What MISC_ENABLE reads on the engine's CPU (fast strings), with the bits that Xen sets for a guest:
 # BTS and PEBS unavailable, xTPR messages disabled.
 MISC_ENABLE_GUEST: Final = 1 | 1 << 11 | 1 << 12 | 1 << 23
-
-
-def _canonical(va: int) -> bool:
-    return va < 1 << 47 or va >= (1 << 64) - (1 << 47)
 
 
 def read_msr(cpu: PvVcpu, number: int) -> int | None:
@@ -81,7 +79,7 @@ def write_msr(cpu: PvVcpu, number: int, value: int) -> bool:
     """False where WRMSR faults."""
     engine = cpu.engine
     if number in (MSR_FS_BASE, MSR_GS_BASE, MSR_SHADOW_GS_BASE):
-        if not _canonical(value):
+        if not canonical(value):
             return False
         if number == MSR_FS_BASE:
             engine.fs_base = value

@@ -56,6 +56,7 @@ from pvirq.engine.protocol import (
     CpuidLeaf,
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
+from pvirq.pv.addresses import canonical
 from pvirq.pv.cpuid import guest_cpuid
 from pvirq.pv.guest_memory import GuestMemory
 from pvirq.pv.hypercalls.protocol import GuestCrash, Preempted
@@ -349,7 +350,7 @@ class PvVcpu(GuestMemory):
         if self.guest.assists & ARCHITECTURAL_IOPL:
             self.iopl = rflags & FLAG_IOPL
         cs, ss = cs & 0xFFFF | 3, ss & 0xFFFF | 3
-        if flags & VGCF_in_syscall and not 1 << 47 <= rip < M64 - (1 << 47):
+        if flags & VGCF_in_syscall and canonical(rip):
             # Xen leaves by SYSRET, which loads flat segments whatever the selectors.
             cs, ss = FLAT_RING3_CS32 if cs == FLAT_RING3_CS32 else FLAT_RING3_CS64, FLAT_RING3_SS64
         regs[RAX] = rax

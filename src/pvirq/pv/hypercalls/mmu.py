@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_IO, DOMID_SELF, DOMID_XEN
 from pvirq.pv import descriptors
+from pvirq.pv.addresses import addr_ok
 from pvirq.pv.hypercalls.protocol import Preempted, handle_okay
 from pvirq.pv.pagetable import PageTables
 from pvirq.xen.memory import PGT_L1, PGT_WRITABLE
@@ -265,8 +266,7 @@ def _mmuext(cpu: PvVcpu, command: int, argument1: int, argument2: int, foreign: 
         case 13:  # MMUEXT_SET_LDT
             entries = argument2 & 0xFFFFFFFF
             base = argument1 if entries else 0
-            okay = base < 1 << 47 or base >= 0xFFFF_8800_0000_0000
-            if entries > 8192 or (entries and (base & 0xFFF or not okay)):
+            if entries > 8192 or (entries and (base & 0xFFF or not addr_ok(base))):
                 raise XenError(Errno.EINVAL, f"LDT of {entries} entries at {base:#x}")
             if cpu.ldt != (base, entries):
                 descriptors.set_ldt(cpu, base, entries)

@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno
+from pvirq.pv.addresses import addr_ok
 from pvirq.pv.hypercalls.protocol import int32
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
         return 0
     if command == PHYSDEVOP_set_iobitmap:
         bitmap, ports = struct.unpack("<QI", cpu.read(argument, 16)[:12])
-        if ports > MAX_IO_PORTS or not (bitmap < 1 << 47 or bitmap >= 0xFFFF_8800_0000_0000):
+        if ports > MAX_IO_PORTS or not addr_ok(bitmap):
             return -Errno.EINVAL
         cpu.io_bitmap = (bitmap, ports)
         return 0

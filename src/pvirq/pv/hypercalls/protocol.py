@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_END
+from pvirq.pv.addresses import addr_ok
 from pvirq.xen.domain import Domain, Vcpu
 
 
@@ -47,4 +47,4 @@ def int32(value: int) -> int:
 
 def handle_okay(va: int) -> bool:
     """guest_handle_okay: an array of any length may begin there, outside Xen's part of the address space."""
-    return va < 1 << 47 or va >= HYPERVISOR_VIRT_END
+    return addr_ok(va)

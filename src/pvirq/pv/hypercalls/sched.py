@@ -5,16 +5,11 @@ They only set state: the caller looks at `vcpu.runnable` afterwards.
 
 from __future__ import annotations
 
-from typing import Final
-
 from pvirq.abi import sched as abi
 from pvirq.abi.errno import Errno, XenError
+from pvirq.pv.addresses import addr_ok
 from pvirq.pv.hypercalls.protocol import GuestCpu, int32
 from pvirq.xen import sched
-
-# Guest addresses that Xen looks at at all (access_ok): below the hole, or above Xen's own part.
-USER_END: Final = 1 << 47
-HYPERVISOR_VIRT_END: Final = 0xFFFF880000000000
 
 
 def sched_op(cpu: GuestCpu, cmd: int, arg: int) -> int:
@@ -79,6 +74,6 @@ def _poll(cpu: GuestCpu, arg: int) -> None:
     def port_at(i: int) -> int:
         return int.from_bytes(cpu.read(ports + 4 * i, 4), "little")
 
-    if nr_ports <= sched.POLL_MAX_PORTS and USER_END <= ports < HYPERVISOR_VIRT_END:
+    if nr_ports <= sched.POLL_MAX_PORTS and not addr_ok(ports):
         raise XenError(Errno.EFAULT, f"ports at {ports:#x}")
     sched.poll(cpu.vcpu, nr_ports, port_at, timeout)

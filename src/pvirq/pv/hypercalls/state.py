@@ -30,6 +30,7 @@ from pvirq.abi.arch_x86 import (
 )
 from pvirq.abi.errno import Errno
 from pvirq.pv import descriptors, emulate
+from pvirq.pv.addresses import canonical
 from pvirq.pv.hypercalls.protocol import int32
 from pvirq.xen.memory import PGT_SEG_DESC, PGT_WRITABLE
 
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
 TRAP_NMI: Final = 2
 CR4_DE: Final = 1 << 3
 LONGEST_TRAP_TABLE: Final = 1 << 16  # entries taken in one hypercall; a table without end would hang the host
-
-
-def canonical(va: int) -> bool:
-    return va < 1 << 47 or va >= (1 << 64) - (1 << 47)
 
 
 def set_trap_table(cpu: PvVcpu, traps: int) -> int:

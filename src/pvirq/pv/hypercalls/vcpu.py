@@ -11,6 +11,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.sched import SHUTDOWN_poweroff
 from pvirq.abi.xen import PAGE_SIZE, VCPU_INFO_SIZE
 from pvirq.pv import context
+from pvirq.pv.addresses import addr_ok
 from pvirq.pv.hypercalls.protocol import int32
 from pvirq.xen import vtimer
 from pvirq.xen.memory import PGT_WRITABLE
@@ -102,7 +103,7 @@ def _get_runstate(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
 
 def _register_runstate_area(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
     (area,) = struct.unpack("<Q", cpu.read(argument, 8))
-    if not (area + abi.RUNSTATE_INFO_SIZE <= 1 << 47 or area >= 0xFFFF_8800_0000_0000):
+    if not addr_ok(area):
         return -Errno.EFAULT
     target.runstate_area = area
     _try_write(cpu, area, target.guest.runstate(target))
@@ -111,7 +112,7 @@ def _register_runstate_area(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
 
 def _register_time_area(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
     (area,) = struct.unpack("<Q", cpu.read(argument, 8))
-    if not (area + abi.TIME_INFO_SIZE <= 1 << 47 or area >= 0xFFFF_8800_0000_0000):
+    if not addr_ok(area):
         return -Errno.EFAULT
     target.time_area = area
     _try_write(cpu, area, target.guest.time_info())
