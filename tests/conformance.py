@@ -14,13 +14,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import gzip
-import hashlib
-import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +38,10 @@ KERNELS = ("evconf", "evfuzz", "evfuzz-deep")
 MEMORY = 64 << 20
 CONTEXT = 8  # lines before a difference
 SAME, DIFFERENT, UNFINISHED = 0, 1, 3
+_EVFUZZ_FLAGS = """
+    -O1 -ffreestanding -fno-pic -fno-pie -mno-red-zone -mno-sse -mno-mmx -mcmodel=large -fno-stack-protector
+    -fcf-protection=none -nostdlib -static -no-pie -Wl,--build-id=none -Wl,--no-warn-rwx-segments
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,7 @@ def build(kernel: str) -> Path:
     """The ELF image of one of KERNELS. Raises subprocess.CalledProcessError if gcc fails."""
     if kernel == "evconf":
         return guestlib.build(kernel)
-    sources = DATA / "evfuzz"
-    flags = "-O1 -ffreestanding -fno-pic -fno-pie -mno-red-zone -mno-sse -mno-mmx -mcmodel=large -fno-stack-protector"
-    flags += " -fcf-protection=none -nostdlib -static -no-pie -Wl,--build-id=none -Wl,--no-warn-rwx-segments"
-    inputs = [sources / "start.S", sources / f"{kernel}.c"]
-    digest = hashlib.sha256(flags.encode() + b"".join(path.read_bytes() for path in (*inputs, sources / "link.ld")))
-    cache = Path(tempfile.gettempdir()) / f"pvirq-guests-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    image = cache / f"{kernel}-{digest.hexdigest()[:16]}.elf"
-    if not image.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            fresh = Path(scratch) / "image"
-            command = ["gcc", *flags.split(), f"-Wl,-T,{sources / 'link.ld'}", *map(str, inputs), "-o", str(fresh)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            fresh.rename(image)
-    return image
+    return guestlib.compiled(kernel, _EVFUZZ_FLAGS, DATA / "evfuzz", ("start.S", f"{kernel}.c"))
 
 
 def transcript(console: str) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +78,17 @@ def have_compiler() -> bool:
 
 
 def build(name: str) -> Path:
-    """The ELF image of kernel `name`, compiled unless the very same one is in the cache below the temporary
-    directory. Raises subprocess.CalledProcessError if gcc fails."""
-    flags = [*_CFLAGS, *(_RAW if name == "raw" else _KERNEL_HALF)]
-    inputs = [SOURCES / part for part in ("start.S", "lib.c", f"{name}.c")]
+    """The ELF image of kernel `name`. Raises subprocess.CalledProcessError if gcc fails."""
+    flags = (*_CFLAGS, *(_RAW if name == "raw" else _KERNEL_HALF))
+    return compiled(name, flags, SOURCES, ("start.S", "lib.c", f"{name}.c"))
+
+
+def compiled(name: str, flags: Sequence[str], sources: Path, parts: Sequence[str]) -> Path:
+    """The ELF image of the `parts` of folder `sources`, linked by its link.ld: compiled unless the very same one is
+    in the cache below the temporary directory. Raises subprocess.CalledProcessError if gcc fails."""
+    inputs = [sources / part for part in parts]
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in (*inputs, *sorted(SOURCES.glob("*.h")), SOURCES / "link.ld"):
+    for path in (*inputs, *sorted(sources.glob("*.h")), sources / "link.ld"):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pvirq-guests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
@@ -91,7 +97,7 @@ def build(name: str) -> Path:
         # Built aside and renamed: two test runs may want it at once.
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             fresh = Path(scratch) / "image"
-            command = ["gcc", *flags, f"-Wl,-T,{SOURCES / 'link.ld'}", *map(str, inputs), "-o", str(fresh)]
+            command = ["gcc", *flags, f"-Wl,-T,{sources / 'link.ld'}", *map(str, inputs), "-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             fresh.rename(image)
     return image

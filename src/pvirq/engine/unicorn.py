@@ -89,8 +89,8 @@ class UnicornEngine:
         self._scratch = ctypes.c_uint64(0)
         self._scratch_at = ctypes.addressof(self._scratch)
         self._tlb_flush, self._tlb_flush_page = state.tlb_flush, state.tlb_flush_page
-        self._update_cr3, self._get_tsc = state.update_cr3, state.get_tsc
-        self._reg_read, self._reg_write = state.reg_read, state.reg_write
+        self._update_cr3 = state.update_cr3
+        self._reg_read = state.reg_read
         # Read now: it takes running an instruction, which is only possible while there is no guest.
         self._native_cpuid = {
             (leaf, subleaf): state.cpuid(leaf, subleaf)
@@ -103,7 +103,6 @@ class UnicornEngine:
         self._stop_at: int | None = None
         self._ns_per_tick = 0.0
         self._running = False
-        self._stopping = False
         self._failure: BaseException | None = None
         self._paging = False
         self._closed = False
@@ -394,7 +393,7 @@ class UnicornEngine:
     def run(self) -> None:
         if not self._ns_per_tick:
             self._ns_per_tick = 1e9 / self.counter_hz()
-        self._running, self._stopping = True, False
+        self._running = True
         self._arm()
         try:
             result = self._state.emu_start(self._handle, self.regs[RIP], 1, 0, 0)

@@ -107,7 +107,6 @@ class CpuState:
         self.emu_start = bind("uc_emu_start", pointer, u64, u64, u64, ctypes.c_size_t, restype=ctypes.c_int)
         self._cpu_exit = bind("cpu_exit", pointer)
         self.reg_read = bind("uc_reg_read", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
-        self.reg_write = bind("uc_reg_write", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
 
     def stop(self) -> None:
         """End the run under way at the next block of code; from any thread."""
