@@ -180,7 +180,7 @@ def _modelled(fifo: bool, ports: int) -> tuple[Domain, Kernel[Pvops], list[int]]
     hypervisor = _hypervisor(256)
     sender = hypervisor.create_domain(0, privileged=True)
     _use_fifo(sender, 128)
-    receiver = Kernel(hypervisor.create_domain(1), partial(Pvops, fifo=fifo, initial=False))
+    receiver = Kernel(hypervisor.create_domain(1), partial(Pvops, fifo=fifo))
     receiver.boot()
     theirs = []
     for i in range(ports):

@@ -24,7 +24,8 @@ from pvirq.abi.xen import DOMID_SELF, VCPU_INFO_UPCALL_MASK, VIRQ_CONSOLE, VIRQ_
 from pvirq.linux.events_2l import Events2l
 from pvirq.linux.events_base import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
 from pvirq.linux.irq import IRQ_HANDLED, IrqError, IrqReturn
-from pvirq.linux.kernel import Ipi, Kernel
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import Ipi, StartInfo
 from pvirq.linux.pvops import HZ, Pvops, dom0
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain, Hypervisor
@@ -212,7 +213,7 @@ def test_a_guest_is_the_real_one(hypervisor: Hypervisor) -> None:
     hypervisor.create_domain(0, privileged=True)
     domain = hypervisor.create_domain(1, vcpus=2)
     ports = [evtchn.alloc_unbound(domain, DOMID_SELF, 0) for _ in range(2)]
-    kernel = Kernel(domain, partial(Pvops, store_port=ports[0], console_port=ports[1]))
+    kernel = Kernel(domain, partial(Pvops, start_info=StartInfo(store_port=ports[0], console_port=ports[1])))
     kernel.boot()
     for name in ("blkif", "blkif", "vif0-q0-tx", "vif0-q0-rx", "vif0-q1-tx", "vif0-q1-rx"):
         port = evtchn.alloc_unbound(domain, DOMID_SELF, 0)

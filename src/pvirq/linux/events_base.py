@@ -31,7 +31,8 @@ from pvirq.linux.irq import (
     IrqHandler,
     IrqLayer,
 )
-from pvirq.linux.kernel import Ipi, Kernel, KernelTimer
+from pvirq.linux.kernel import Kernel, KernelTimer
+from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)

@@ -8,74 +8,22 @@ as a real one: it runs when Xen has made an event pending, and blocks when nothi
 from __future__ import annotations
 
 import heapq
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from pvirq.abi.errno import Errno
 from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
-from pvirq.linux.irq import IrqError, IrqLayer
+from pvirq.linux.irq import IrqError
+from pvirq.linux.personality import GenericIrq, Ipi, Personality
 from pvirq.xen import evtchn, sched
 from pvirq.xen.domain import Domain, Vcpu
 from pvirq.xen.timer import NS_PER_S, Timer
 
 if TYPE_CHECKING:
     from pvirq.linux.evtchn_dev import EvtchnUser
-    from pvirq.linux.proc import IrqStat
 
 LOG_LINES: Final = 4096
-
-
-class Ipi(IntEnum):
-    """What one CPU asks of another (enum ipi_vector)."""
-
-    RESCHEDULE = 0
-    CALL_FUNCTION = 1
-    CALL_FUNCTION_SINGLE = 2
-    SPIN_UNLOCK = 3
-    IRQ_WORK = 4
-
-
-class Personality(ABC):
-    """One version of a kernel, as far as interrupts go."""
-
-    hz: int
-    irq: IrqLayer
-
-    @abstractmethod
-    def boot(self) -> None:
-        """Bring up CPU 0, then the others, then the drivers, in the real kernel's order."""
-
-    @abstractmethod
-    def cpu_up(self, cpu: int) -> None:
-        """Bring a CPU online."""
-
-    @abstractmethod
-    def cpu_down(self, cpu: int) -> None:
-        """Take a CPU offline."""
-
-    @abstractmethod
-    def upcall(self, cpu: int) -> None:
-        """Handle every pending port of this CPU; upcalls are masked."""
-
-    @abstractmethod
-    def send_ipi(self, cpu: int, ipi: Ipi) -> None:
-        """Interrupt another CPU (or this one)."""
-
-    @abstractmethod
-    def evtchn_user(self, name: str) -> EvtchnUser:
-        """Open /dev/xen/evtchn for a process `name`."""
-
-    @abstractmethod
-    def interrupts(self) -> str:
-        """The text of /proc/interrupts."""
-
-    @property
-    @abstractmethod
-    def irq_stat(self) -> list[IrqStat]:
-        """The architecture's own counts, per CPU."""
 
 
 class KernelTimer:
@@ -95,7 +43,7 @@ class _Cpu:
     """What the kernel keeps per CPU."""
 
     def __init__(self) -> None:
-        self.work: deque[Callable[[], None]] = deque()
+        self.work: deque[Callable[[], object]] = deque()
         self.calls: deque[Callable[[], None]] = deque()
         self.irq_work: deque[Callable[[], None]] = deque()
         self.timers: list[tuple[int, int, KernelTimer]] = []
@@ -123,7 +71,7 @@ class Kernel(Generic[P]):
         self._sequence = 0
         self._cpus = [_Cpu() for _ in domain.vcpus]
         self.events: P = personality(self)
-        self.irq: IrqLayer = self.events.irq
+        self.irq: GenericIrq = self.events.irq
 
     # Time.
 
@@ -213,7 +161,7 @@ class Kernel(Generic[P]):
 
     # Work for this and other CPUs.
 
-    def queue_work(self, work: Callable[[], None], cpu: int | None = None) -> None:
+    def queue_work(self, work: Callable[[], object], cpu: int | None = None) -> None:
         """Run `work` in process context: on this CPU, or on another, which a reschedule IPI wakes."""
         if cpu is None or not 0 <= cpu < len(self._cpus) or not self.online(cpu):
             cpu = self.cpu

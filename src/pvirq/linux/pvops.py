@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from pvirq.abi.errno import XenError
+from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHN_FIFO_PRIORITY_MAX
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_PCPU_STATE, VIRQ_TIMER
-from pvirq.linux.events_base import EventsBase
+from pvirq.linux.events_base import XEN_EOI_FLAG_SPURIOUS, EventsBase, XenbusDevice
 from pvirq.linux.evtchn_dev import EvtchnUser
 from pvirq.linux.irq import (
     IRQ_HANDLED,
@@ -24,13 +24,19 @@ from pvirq.linux.irq import (
     IRQF_NOBALANCING,
     IRQF_PERCPU,
     IRQF_TIMER,
+    IrqError,
+    IrqHandler,
     IrqLayer,
     IrqReturn,
 )
-from pvirq.linux.kernel import Ipi, Kernel, Personality
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import Ipi, Personality, StartInfo
 from pvirq.linux.proc import IrqStat, header, irq_rows, x86_rows
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Hypervisor
+
+if TYPE_CHECKING:
+    from pvirq.xen.msi import PciDevice
 
 HZ: Final = 250  # Debian's
 NR_GSIS: Final = 24  # of domain 0's I/O APIC; its dynamic IRQs start after them
@@ -40,29 +46,28 @@ class Pvops(EventsBase, Personality):
     """The personality of a Linux 6.1 pvops kernel, in domain 0 or another domain."""
 
     hz = HZ
+    multi_queue = True
 
     def __init__(
         self,
         kernel: Kernel[Pvops],
         *,
         fifo: bool = True,
-        initial: bool | None = None,
-        store_port: int = 0,
-        console_port: int = 0,
+        start_info: StartInfo | None = None,
         mce: bool | None = None,
     ) -> None:
         """`fifo` False: xen.fifo_events=0 on the command line, the two-level ABI.
 
-        `initial`: is it the initial domain (None: as the domain is privileged)? Another one is given its
-        xenstore and console ports by its builder. `mce`: has it machine-check code (None: the initial domain
-        has)?
+        Without `start_info` it is the initial domain as the domain is privileged, and nobody gave it any ports.
+        `mce`: has it machine-check code (None: the initial domain has)?
         """
         domain = kernel.domain
-        self.initial = domain.privileged if initial is None else initial
+        self.start_info = start_info or StartInfo(initial=domain.privileged)
+        self.initial = self.start_info.initial
         self.mce = self.initial if mce is None else mce
         self.fifo = fifo
-        self.store_port = store_port
-        self.console_port = console_port
+        self.store_port = self.start_info.store_port
+        self.console_port = self.start_info.console_port
         self.nr_cpus = len(domain.vcpus)
         gsi_top, legacy = (NR_GSIS if self.initial else 0), 16
         irq = IrqLayer(
@@ -87,8 +92,8 @@ class Pvops(EventsBase, Personality):
             ("hvc_open", self._open_hvc),
         ]
         # Reactions of the kernel's own drivers, in process context; set by whoever models them.
-        self.on_xenbus: Callable[[], None] = lambda: None
-        self.on_console: Callable[[], None] = lambda: None
+        self.on_xenbus: Callable[[], object] = lambda: None
+        self.on_console: Callable[[], object] = lambda: None
         self.xenbus_irq = 0
         self.console_irq = 0
 
@@ -239,6 +244,33 @@ class Pvops(EventsBase, Personality):
         self.on_console()
         if not self.initial:
             self.xen_irq_lateeoi(self.console_irq)
+
+    # For drivers.
+
+    def bind_listening(self, remote_domid: int, handler: IrqHandler, name: str, dev_id: object) -> int:
+        port = evtchn.alloc_unbound(self.domain, DOMID_SELF, remote_domid)  # xenbus_alloc_evtchn
+        return self.bind_evtchn_to_irqhandler_lateeoi(port, handler, 0, name, dev_id=dev_id)
+
+    def bind_interdomain(
+        self, remote_domid: int, remote_port: int, handler: IrqHandler, name: str, dev_id: object
+    ) -> int:
+        device = XenbusDevice(remote_domid)
+        return self.bind_interdomain_evtchn_to_irqhandler_lateeoi(device, remote_port, handler, 0, name, dev_id=dev_id)
+
+    def unbind(self, irq: int, dev_id: object) -> None:
+        self.unbind_from_irqhandler(irq, dev_id)
+
+    def eoi(self, irq: int, spurious: bool = False) -> None:
+        self.xen_irq_lateeoi(irq, XEN_EOI_FLAG_SPURIOUS if spurious else 0)
+
+    def register_gsi(self, gsi: int, *, level: bool, active_low: bool) -> int:
+        raise IrqError(Errno.ENOSYS, "no physical lines yet")
+
+    def enable_msi(self, device: PciDevice, count: int = 1, *, msix: bool = False) -> list[int]:
+        raise IrqError(Errno.ENOSYS, "no physical lines yet")
+
+    def disable_msi(self, device: PciDevice) -> None:
+        raise IrqError(Errno.ENOSYS, "no physical lines yet")
 
     # What userland sees.
 
