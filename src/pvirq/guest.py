@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pvirq.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
 from pvirq.abi.sched import (
     SHUTDOWN_crash,
     SHUTDOWN_poweroff,
@@ -22,6 +21,7 @@ from pvirq.pv import builder
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.daemons import Ends
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 from pvirq.xen.memory import PGT_WRITABLE
@@ -70,14 +70,6 @@ class CommandResult:
         return self.stdout.decode("utf-8", "replace")
 
 
-@dataclass
-class _Ports:
-    """Domain 0's ends of a guest's first two channels."""
-
-    store: int = 0
-    console: int = 0
-
-
 class Guest:
     """One guest of a host. Made by `Host.boot`; gone with `Host.destroy` or the host.
 
@@ -93,7 +85,7 @@ class Guest:
         self.image: KernelImage | None = None
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
         self.console = Console()
-        self._dom0_ports: _Ports | None = None
+        self._dom0_ports: Ends | None = None
         self._waiting_for_agent = True
         self._commands = 0
 
@@ -120,26 +112,14 @@ class Guest:
         # Domain 0 has them mapped for as long as the guest lives: given back, they must not become another guest's.
         for mfn in (store_mfn, console_mfn):
             machine.tables.get_type(mfn, PGT_WRITABLE)
-        grants = domain.grant_table
-        assert grants is not None
-        grants.set_entry(GNTTAB_RESERVED_CONSOLE, 0, console_mfn)
-        grants.set_entry(GNTTAB_RESERVED_XENSTORE, 0, store_mfn)
-        toolstack.write_domain(
-            host.store,
+        self._dom0_ports = host.daemons.connect(
+            domain,
+            self.console,
             toolstack.DomainInfo(
                 domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
                 store_mfn, machine.console_port, console_mfn, cmdline=cmdline, uuid=self.uuid,
             ),
         )  # fmt: skip
-        page, store_events, console_events = domain.machine.page, host.xenstored_events, host.xenconsoled_events
-        ports = _Ports()
-        ring = host.xenstored.introduce(domain.domid, page(store_mfn), lambda: store_events.notify(ports.store))
-        self.console.attach(page(console_mfn), lambda: console_events.notify(ports.console))
-        ports.store = store_events.bind_interdomain(domain.domid, machine.store_port, lambda _port: ring.service())
-        ports.console = console_events.bind_interdomain(
-            domain.domid, machine.console_port, lambda _port: self.console.service()
-        )
-        self._dom0_ports = ports
 
     def release(self) -> None:
         """Take back what domain 0 holds of the guest; `Host.destroy` calls this."""
@@ -147,9 +127,7 @@ class Guest:
         host = self.host
         if ports is not None:
             self.console.service()
-            host.xenconsoled_events.unbind(ports.console)
-            host.xenstored_events.unbind(ports.store)
-            host.xenstored.release(self.domain.domid)
+            host.daemons.disconnect(self.domain, ports)
         self.console.close()
         if self.domain.domid:
             toolstack.remove_domain(host.store, self.domain.domid, self.uuid)

@@ -16,14 +16,18 @@ from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import VIRQ_DOM_EXC
-from pvirq.drivers.xenstore import DomainState, Xenstored
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
-from pvirq.linux import pvops
+from pvirq.linux import personalities
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personalities import KernelFactory
+from pvirq.linux.personality import Personality, StartInfo
+from pvirq.modelled import ModelledGuest
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.daemons import Daemons
 from pvirq.xen import evtchn, evtchn_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
@@ -45,21 +49,25 @@ class Host:
     """
 
     def __init__(
-        self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True, wallclock: float = 0,
-        machine_memory: int = 16 << 30,
+        self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True,
+        dom0_kernel: str | KernelFactory = "pvops", wallclock: float = 0, machine_memory: int = 16 << 30,
     ) -> None:  # fmt: skip
         """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes.
 
-        With `dom0` false there is no modelled domain 0: the kernel that is booted then is domain 0 itself.
+        `dom0_kernel` is what the modelled domain 0 runs: a name of `pvirq.linux.personalities`, or a factory. With
+        `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
         """
         self.engine_name = engine
         self.hypervisor = Hypervisor(Machine(machine_memory), Clock())
         self.clock = self.hypervisor.clock
         self.wallclock_ns = int(wallclock * NS_PER_S)
         self.guests: list[Guest] = []
+        self.modelled: list[ModelledGuest] = []
         self.idle: Callable[[int | None], int] | None = None
         self.on_turn: Callable[[], None] | None = None
-        self._machines: dict[int, PvGuest] = {}
+        self._machines: dict[int, PvGuest] = {}  # of real guests
+        self._kernels: dict[int, Kernel[Personality]] = {}  # of modelled domains
+        self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
         self._turn = 0
@@ -70,26 +78,15 @@ class Host:
         self.clock.on_earlier = self._earlier_deadline
         self.has_dom0 = dom0
         if dom0:
-            self._start_dom0(dom0_vcpus)
+            self._start_dom0(dom0_vcpus, _factory(dom0_kernel))
 
-    def _start_dom0(self, vcpus: int) -> None:
-        self.dom0 = pvops.dom0(self.hypervisor, vcpus)
-        self.xenstored = Xenstored(domain_state=self._domain_state, clock=self.clock)
-        self.store = self.xenstored.client()
-        self.xenstored_events = self.dom0.evtchn_user("xenstored")
-        self.xenconsoled_events = self.dom0.evtchn_user("xenconsoled")
-        self.xenstored_events.bind_virq(VIRQ_DOM_EXC, lambda _port: self.xenstored.check_domains())
-        if self.dom0.events.store_port:
-            self.xenstored_events.bind_interdomain(0, self.dom0.events.store_port)
-        toolstack.write_dom0(self.store)
-
-    def _domain_state(self, domid: int) -> DomainState:
-        domain = self.hypervisor.domains.get(domid)
-        if domain is None:
-            return DomainState.ABSENT
-        if domain.dying:
-            return DomainState.DYING
-        return DomainState.ALIVE if domain.shutdown_reason is None else DomainState.SHUTDOWN
+    def _start_dom0(self, vcpus: int, factory: KernelFactory) -> None:
+        domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
+        self.dom0 = Kernel(domain, lambda kernel: factory(kernel, start_info=StartInfo(initial=True)))
+        self._kernels[0] = self.dom0
+        self.dom0.boot()
+        self.daemons = Daemons(self.hypervisor, self.dom0)
+        self.xenstored, self.store = self.daemons.xenstored, self.daemons.store
 
     # -- guests --------------------------------------------------------------------------------------------------------
 
@@ -135,8 +132,29 @@ class Host:
             raise
         return guest
 
-    def destroy(self, guest: Guest) -> None:
+    def model(
+        self, kernel: str | KernelFactory = "2.6.18", *, vcpus: int = 1, name: str | None = None
+    ) -> ModelledGuest:
+        """Build and boot a guest whose kernel is Python: a name of `pvirq.linux.personalities`, or a factory.
+
+        Its drivers go on when the host next runs. KeyError for an unknown kernel, XenError(EINVAL) for a number of
+        vCPUs that can't be; it needs the modelled domain 0 (RuntimeError).
+        """
+        if not self.has_dom0:
+            raise RuntimeError("a modelled guest needs the modelled domain 0")
+        factory = _factory(kernel)
+        domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+        guest = ModelledGuest(self, domain, factory, name or f"guest{domain.domid}")
+        self._kernels[domain.domid] = guest.kernel
+        self.modelled.append(guest)
+        guest.boot()
+        return guest
+
+    def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
+        if isinstance(guest, ModelledGuest):
+            self._destroy_modelled(guest)
+            return
         if guest not in self.guests:
             return
         self.guests.remove(guest)
@@ -154,11 +172,23 @@ class Host:
         if self.has_dom0:
             evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
 
+    def _destroy_modelled(self, guest: ModelledGuest) -> None:
+        if guest not in self.modelled:
+            return
+        self.modelled.remove(guest)
+        guest.release()
+        del self._kernels[guest.domain.domid]
+        self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not guest.domain}
+        self.hypervisor.destroy_domain(guest.domain)
+        evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _wake(self, vcpu: Vcpu) -> None:
-        machine = self._machines.get(vcpu.domain.domid)
-        if machine is not None:
+        domid = vcpu.domain.domid
+        if domid in self._kernels:
+            self._woken[vcpu] = None
+        elif (machine := self._machines.get(domid)) is not None:
             machine.woken(vcpu)
         # Someone else can run now: end the turn of the one that does.
         if self._running is not None and vcpu is not self._running_vcpu:
@@ -203,15 +233,18 @@ class Host:
                 timer.cancel()
 
     def _step(self) -> bool:
-        """Give the next runnable vCPU a turn; False where none is runnable."""
-        if self.has_dom0:
-            busy = False
-            for vcpu in self.dom0.domain.vcpus:
+        """Give the modelled vCPUs that were woken a turn, else the next runnable one of a real guest.
+
+        False where none is runnable.
+        """
+        if self._woken:
+            # Those that these wake in turn come next time: `until` and the clock are looked at in between.
+            woken, self._woken = self._woken, {}
+            kernels = self._kernels
+            for vcpu in woken:
                 if vcpu.runnable and vcpu.event_pending():
-                    self.dom0.run(vcpu)
-                    busy = True
-            if busy:
-                return True
+                    kernels[vcpu.domain.domid].run(vcpu)
+            return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:
             return False
@@ -282,6 +315,10 @@ class Host:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _factory(kernel: str | KernelFactory) -> KernelFactory:
+    return personalities.find(kernel) if isinstance(kernel, str) else kernel
 
 
 def _read_initrd(path: Path) -> bytes:

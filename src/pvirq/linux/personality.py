@@ -102,6 +102,7 @@ class Personality(ABC):
     hz: int
     initial: bool
     start_info: StartInfo
+    store_port: int  # the channel to xenstored, 0 without; domain 0's kernel makes its own at boot
     multi_queue: bool = False
     on_xenbus: Callable[[], object]
     on_console: Callable[[], object]
@@ -168,6 +169,11 @@ class Personality(ABC):
     @abstractmethod
     def evtchn_from_irq(self, irq: int) -> int:
         """The port of an IRQ, 0 without."""
+
+    def ports_of_irq(self, irq: int) -> list[int]:
+        """All ports of an IRQ: one, or one a CPU where the kernel has a single IRQ for all CPUs."""
+        port = self.evtchn_from_irq(irq)
+        return [port] if port else []
 
     @abstractmethod
     def notify_remote_via_irq(self, irq: int) -> None:

@@ -31,11 +31,12 @@ def lsevtchn(domain: Domain) -> str:
                 raise
             continue
         if state.status != EVTCHNSTAT_closed:
-            lines.append(f"{port:4d}: VCPU {state.vcpu}: {_describe(state)}\n")
+            lines.append(f"{port:4d}: VCPU {state.vcpu}: {describe(state)}\n")
     return "".join(lines)
 
 
-def _describe(state: Status) -> str:
+def describe(state: Status) -> str:
+    """What `lsevtchn` says of a bound port."""
     if state.status == EVTCHNSTAT_unbound:
         return f"Interdomain (Waiting connection) - Remote Domain {state.dom}"
     if state.status == EVTCHNSTAT_interdomain:
