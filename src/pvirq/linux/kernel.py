@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from pvirq.abi.errno import Errno
 from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
 from pvirq.linux.irq import IrqError
+from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import GenericIrq, Ipi, Personality
 from pvirq.xen import evtchn, sched
 from pvirq.xen.domain import Domain, Vcpu
@@ -50,6 +51,7 @@ class _Cpu:
 
 
 P = TypeVar("P", bound=Personality)
+T = TypeVar("T")
 
 
 class Kernel(Generic[P]):
@@ -265,6 +267,22 @@ class Kernel(Generic[P]):
             if callback is not None:
                 callback()
         self._arm(self.cpu)
+
+    # Processes.
+
+    def spawn(self, name: str, body: Body[T], cpu: int | None = None) -> Kthread[T]:
+        """Start a thread (kthread_run) on `cpu`, or on the one that executes now."""
+        return Kthread(self, name, body, cpu)
+
+    def compute(self, ns: int) -> Body[None]:
+        """A process keeps this CPU busy for `ns` of virtual time: meanwhile its timer ticks, `hz` times a second.
+
+        Interrupts are handled as they come. An idle CPU has no tick, so a CPU's timer count tells how busy it was.
+        """
+        end = self.now() + ns
+        tick = NS_PER_S // self.events.hz
+        while (left := end - self.now()) > 0:
+            yield from sleep(self, min(tick, left))
 
     # What userland sees.
 
