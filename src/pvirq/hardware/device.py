@@ -1,0 +1,204 @@
+"""What all devices have in common: how one is declared, its interrupt output, its driver in the kernel.
+
+A device has two sides. The hardware has registers enough to be honest about its interrupt: why it raises it, and
+what lowers it again. The driver runs in domain 0's modelled kernel and knows the hardware by its registers only.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+
+from pvirq.abi.errno import XenError
+from pvirq.linux.irq import IrqError, IrqHandler
+from pvirq.linux.kernel import Kernel
+from pvirq.xen.msi import PciDevice
+
+if TYPE_CHECKING:
+    from pvirq.xen.ioapic import Line
+
+US: Final = 1_000  # ns
+MS: Final = 1_000_000
+
+
+class HardwareError(ValueError):
+    """A machine's table says something that can't be; the message tells what was expected."""
+
+
+class Interrupt(Protocol):
+    """A device's interrupt output."""
+
+    def raise_(self) -> None:
+        """The device wants service; again while it does already: nothing new."""
+
+    def lower(self) -> None:
+        """The device has been served."""
+
+
+class Pin:
+    """An interrupt pin, on an I/O APIC input that other devices' pins may share. Held until the device is served."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def raise_(self) -> None:
+        self._line.assert_(self)
+
+    def lower(self) -> None:
+        self._line.deassert(self)
+
+
+class Message:
+    """Message `entry` of a PCI device: sent as the device's want of service begins; lowering it sends nothing."""
+
+    def __init__(self, pci: PciDevice, entry: int = 0) -> None:
+        self._pci = pci
+        self._entry = entry
+        self._raised = False
+
+    def raise_(self) -> None:
+        if not self._raised:
+            self._raised = True
+            self._pci.raise_msi(self._entry)
+
+    def lower(self) -> None:
+        self._raised = False
+
+
+class Board:
+    """The main board: where devices find their lines and slots, and drivers the kernel that they run in."""
+
+    def __init__(self, kernel: Kernel[Any]) -> None:
+        self.kernel = kernel
+        self.hypervisor = kernel.domain.hypervisor
+        self.clock = kernel.clock
+        self._slots: dict[int, str] = {}
+
+    def pin(self, gsi: int) -> Pin:
+        """A new pin on an I/O APIC input. HardwareError where there is no such input."""
+        try:
+            return Pin(self.hypervisor.ioapic.line(gsi))
+        except XenError as error:
+            raise HardwareError(f"no I/O APIC input {gsi}: {error.why}") from error
+
+    def pci(self, name: str, slot: str = "", *, vectors: int = 1, msix: bool = False) -> PciDevice:
+        """Plug in a PCI function: at `slot`, as "00:1f.2", or in the next device of bus 0 without anything.
+
+        HardwareError where that slot is taken or can't be.
+        """
+        if slot:
+            match = re.fullmatch(r"([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", slot)
+            if match is None:
+                raise HardwareError(f"slot {slot!r} of {name}: expected bus:device.function, for example '00:1f.2'")
+            bdf = int(match[1], 16) << 8 | int(match[2], 16) << 3 | int(match[3])
+        else:
+            bdf = next((dev << 3 for dev in range(1, 32) if not any(at >> 3 == dev for at in self._slots)), -1)
+            if bdf < 0:
+                raise HardwareError(f"no slot of bus 0 is free for {name}: give it one, for example slot = '01:00.0'")
+        if bdf in self._slots:
+            raise HardwareError(f"slot {slot} of {name} is taken by {self._slots[bdf]}")
+        self._slots[bdf] = name
+        return PciDevice(self.hypervisor, bdf, vectors=vectors, msix=msix)
+
+
+def pci_name(pci: PciDevice) -> str:
+    """As Linux writes a PCI function: 0000:00:1f.2."""
+    bdf = pci.sbdf
+    return f"{bdf >> 16:04x}:{bdf >> 8 & 0xFF:02x}:{bdf >> 3 & 0x1F:02x}.{bdf & 7}"
+
+
+class Driver(ABC):
+    """A driver and the one device that it drives; `name` is the device's in its machine.
+
+    `bound` tells whether its probe went well.
+    """
+
+    module: ClassVar[str]
+    """The driver's name in Linux."""
+
+    def __init__(self, board: Board, name: str) -> None:
+        self.kernel = board.kernel
+        self.clock = board.clock
+        self.name = name
+        self.bound = False
+        self._irqs: list[tuple[int, object]] = []
+        self._msi: list[PciDevice] = []
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Find the device and request its IRQs. IrqError, XenError."""
+
+    def bind(self) -> None:
+        """Probe, as the kernel's driver core does it: a failure is a line in the log."""
+        try:
+            self.probe()
+            self.bound = True
+        except (IrqError, XenError) as error:
+            self.kernel.printk(f"{self.module}: probe of {self.name} failed with error {-int(error.errno)}")
+            self.remove()
+
+    def remove(self) -> None:
+        """Give all IRQs back, as on unloading the module."""
+        self.bound = False
+        while self._irqs:
+            self.kernel.irq.free_irq(*self._irqs.pop())
+        while self._msi:
+            self.kernel.events.disable_msi(self._msi.pop())
+
+    def request_irq(self, irq: int, handler: IrqHandler, flags: int, row: str, dev_id: object = None) -> None:
+        """`dev_id` is the driver itself where nothing is given."""
+        dev_id = self if dev_id is None else dev_id
+        self.kernel.irq.request_irq(irq, handler, flags, row, dev_id)
+        self._irqs.append((irq, dev_id))
+
+    def enable_msi(self, pci: PciDevice, count: int = 1) -> list[int]:
+        irqs: list[int] = self.kernel.events.enable_msi(pci, count, msix=pci.msix)
+        self._msi.append(pci)
+        return irqs
+
+
+@dataclass(frozen=True)
+class Declaration(ABC):
+    """One row of a machine's table. A subclass is a type of device and its fields are that type's parameters.
+
+    The first line of its docstring is its line of help. `behind` names the kernel's driver that this one follows
+    at boot, the first of those that the kernel has.
+    """
+
+    name: str
+    behind: ClassVar[tuple[str, ...]] = ("hvc_open",)
+
+    @abstractmethod
+    def make(self, board: Board) -> Driver:
+        """Build the device and its driver. HardwareError where a value can't be."""
+
+
+@dataclass
+class Deferred:
+    """Something due once: a device's work in virtual time, of which there is at most one at a time."""
+
+    board: Board
+    action: Callable[[], None]
+    _cancel: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def pending(self) -> bool:
+        return self._cancel is not None
+
+    def after(self, ns: int) -> None:
+        """Do it in `ns` from now; an earlier appointment is void."""
+        self.cancel()
+        clock = self.board.clock
+        self._cancel = clock.at(clock.now() + ns, self._due).cancel
+
+    def cancel(self) -> None:
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
+
+    def _due(self) -> None:
+        self._cancel = None
+        self.action()
