@@ -22,7 +22,7 @@ from pvirq.abi.event_channel import (
 )
 from pvirq.abi.xen import DOMID_SELF, VCPU_INFO_UPCALL_MASK, VIRQ_CONSOLE, VIRQ_DOM_EXC, VIRQ_TIMER
 from pvirq.linux.events_2l import Events2l
-from pvirq.linux.events_base import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
+from pvirq.linux.events_info import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
 from pvirq.linux.irq import IRQ_HANDLED, IrqError, IrqReturn
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi, StartInfo

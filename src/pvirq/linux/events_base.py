@@ -2,7 +2,8 @@
 
 Each port in use has an IRQ with one of three chips: `xen-percpu` (timer VIRQ, IPIs), `xen-dyn` (other VIRQs,
 xenbus), `xen-dyn-lateeoi` (devices, /dev/xen/evtchn), whose handlers say themselves when the next event may
-come, so that a remote domain can't storm this one. Physical IRQs (`xen-pirq`) will be a fourth.
+come, so that a remote domain can't storm this one (`events_lateeoi`). Physical IRQs (`xen-pirq`) are in
+`events_pirq`.
 
 A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbers, as the C ones do.
 """
@@ -10,9 +11,6 @@ A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbe
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import partial
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -20,6 +18,16 @@ from pvirq.abi.event_channel import EVTCHNSTAT_virq
 from pvirq.abi.xen import DOMID_SELF, NR_VIRQS, VCPU_INFO_UPCALL_PENDING, VIRQ_TIMER
 from pvirq.linux.events_2l import Events2l
 from pvirq.linux.events_fifo import EventsFifo
+from pvirq.linux.events_info import (
+    MASK_EOI_PENDING,
+    MASK_EXPLICIT,
+    MASK_TEMPORARY,
+    XEN_EOI_FLAG_SPURIOUS,
+    IrqInfo,
+    IrqType,
+    XenbusDevice,
+)
+from pvirq.linux.events_lateeoi import EVENT_EOI_DELAY, LateEoi
 from pvirq.linux.irq import (
     IRQF_EARLY_RESUME,
     IRQF_FORCE_RESUME,
@@ -31,72 +39,11 @@ from pvirq.linux.irq import (
     IrqHandler,
     IrqLayer,
 )
-from pvirq.linux.kernel import Kernel, KernelTimer
+from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
-EVENT_EOI_DELAY: Final = 10  # jiffies (xen.event_eoi_delay)
-XEN_EOI_FLAG_SPURIOUS: Final = 1
-
-# Why a port is masked; it opens when no reason is left (EVT_MASK_REASON_*).
-MASK_EXPLICIT: Final = 1
-MASK_TEMPORARY: Final = 2
-MASK_EOI_PENDING: Final = 4
-
-
-class IrqType(IntEnum):
-    """enum xen_irq_type."""
-
-    UNBOUND = 0
-    PIRQ = 1
-    VIRQ = 2
-    IPI = 3
-    EVTCHN = 4
-
-
-@dataclass(eq=False)
-class XenbusDevice:
-    """What the event layer keeps for a split-driver device, shown under xenbus/ in its sysfs directory."""
-
-    otherend_id: int
-    spurious_threshold: int = 1
-    event_channels: int = 0
-    events: int = 0
-    spurious_events: int = 0
-    jiffies_eoi_delayed: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class IrqInfo:
-    """struct irq_info: what an IRQ is to Xen. `index` is the VIRQ number or the IPI."""
-
-    desc: IrqDesc
-    type: IrqType = IrqType.UNBOUND
-    evtchn: int = 0
-    cpu: int = 0
-    index: int = 0
-    dev: XenbusDevice | None = None
-    mask_reason: int = 0
-    is_active: bool = False  # between the port's event and its EOI: a second CPU must not handle it too
-    is_accounted: bool = False
-    spurious_cnt: int = 0
-    eoi_cpu: int = 0
-    irq_epoch: int = 0
-    eoi_time: int = 0  # jiffies; 0: not delayed
-    delayed: bool = False  # in a CPU's list of delayed EOIs
-
-    @property
-    def irq(self) -> int:
-        return self.desc.irq
-
-
-@dataclass
-class _Lateeoi:
-    """A CPU's delayed EOIs, the earliest first, and the work that will do them."""
-
-    infos: list[IrqInfo] = field(default_factory=list)
-    timer: KernelTimer | None = None
 
 
 class _LoopCtrl:
@@ -116,8 +63,19 @@ class _LoopCtrl:
 class EventsBase:
     """The event channels of one kernel, as IRQs."""
 
-    def __init__(self, kernel: Kernel[Any], irq: IrqLayer) -> None:
-        """Usable after `init_irq`."""
+    def __init__(
+        self,
+        kernel: Kernel[Any],
+        irq: IrqLayer,
+        *,
+        event_loop_timeout: int = EVENT_LOOP_TIMEOUT,
+        event_eoi_delay: int = EVENT_EOI_DELAY,
+    ) -> None:
+        """Usable after `init_irq`.
+
+        The module parameters, in jiffies, may be changed later: `event_loop_timeout`, after which an event loop
+        defers EOIs, and `lateeoi.event_eoi_delay`, for how long.
+        """
         self.kernel = kernel
         self.domain = kernel.domain
         self.irq = irq
@@ -127,8 +85,8 @@ class EventsBase:
         self._virq_to_irq = [[-1] * NR_VIRQS for _ in range(nr_cpus)]
         self._ipi_to_irq = [[-1] * len(Ipi) for _ in range(nr_cpus)]
         self._channels_on_cpu = [0] * nr_cpus
-        self._lateeoi = [_Lateeoi() for _ in range(nr_cpus)]
-        self._irq_epoch = [0] * nr_cpus
+        self.event_loop_timeout = event_loop_timeout
+        self.lateeoi = LateEoi(kernel, nr_cpus, irq.hz, self._unmask_lateeoi, event_eoi_delay)
         self._loop_ctrl = [_LoopCtrl() for _ in range(nr_cpus)]
         self._make_chips()
 
@@ -152,11 +110,7 @@ class EventsBase:
     def cpu_dead(self, cpu: int) -> None:
         """A CPU has gone: empty its queues, take over its delayed EOIs."""
         self.ops.percpu_deinit(cpu)
-        stuck, self._lateeoi[cpu].infos = self._lateeoi[cpu].infos, []
-        for info in stuck:
-            info.delayed = False
-            info.eoi_cpu = self.kernel.cpu
-            self._lateeoi_list_add(info)
+        self.lateeoi.cpu_dead(cpu)
 
     def _make_chips(self) -> None:
         self.percpu_chip = IrqChip(
@@ -410,9 +364,7 @@ class EventsBase:
             self.ops.remove(info.evtchn, info.cpu)
             info.evtchn = 0
             self._channels_on_cpu_dec(info)
-        if info.delayed:
-            self._lateeoi[info.eoi_cpu].infos.remove(info)
-            info.delayed = False
+        self.lateeoi.forget(info)
         self.irq.free_desc(irq)
 
     # Sending.
@@ -445,7 +397,7 @@ class EventsBase:
             if not mem[pending]:
                 break
         # Only now: an EOI is deferred only if it comes from inside the loop above.
-        self._irq_epoch[cpu] += 1
+        self.lateeoi.irq_epoch[cpu] += 1
 
     def _handle_irq_for_port(self, port: int, ctrl: _LoopCtrl) -> None:
         info = self._evtchn_to_irq.get(port)
@@ -458,7 +410,7 @@ class EventsBase:
             if count & 255 == 0:
                 now = self.kernel.now()
                 if not ctrl.timeout:
-                    ctrl.timeout = now + self.kernel.jiffies_to_ns(EVENT_LOOP_TIMEOUT)
+                    ctrl.timeout = now + self.kernel.jiffies_to_ns(self.event_loop_timeout)
                 elif now > ctrl.timeout:
                     ctrl.defer_eoi = True
         if info.is_active:
@@ -467,9 +419,7 @@ class EventsBase:
         if info.dev is not None:
             info.dev.events += 1
         if ctrl.defer_eoi:
-            info.eoi_cpu = self.kernel.cpu
-            info.irq_epoch = self._irq_epoch[info.eoi_cpu]
-            info.eoi_time = self.kernel.jiffies() + EVENT_EOI_DELAY
+            self.lateeoi.defer(info)
         desc = info.desc
         assert desc.flow is not None
         desc.flow(desc)  # generic_handle_irq_desc
@@ -485,6 +435,9 @@ class EventsBase:
         info.mask_reason &= ~reason
         if not info.mask_reason:
             self.ops.unmask(info.evtchn)
+
+    def _unmask_lateeoi(self, info: IrqInfo) -> None:
+        self._do_unmask(info, MASK_EOI_PENDING)
 
     @staticmethod
     def _info_of(desc: IrqDesc) -> IrqInfo | None:
@@ -564,62 +517,4 @@ class EventsBase:
         """
         desc = self.irq.descs.get(irq)
         if desc is not None and isinstance(desc.chip_data, IrqInfo):
-            self._do_lateeoi(desc.chip_data, bool(eoi_flags & XEN_EOI_FLAG_SPURIOUS))
-
-    def _do_lateeoi(self, info: IrqInfo, spurious: bool) -> None:
-        if not info.evtchn or info.delayed:
-            return
-        delay = 0
-        if spurious:
-            dev = info.dev
-            threshold = dev.spurious_threshold if dev is not None and dev.spurious_threshold else 1
-            if 1 << info.spurious_cnt < self.irq.hz << 2:
-                info.spurious_cnt += 1
-            if info.spurious_cnt > threshold:
-                delay = min(1 << info.spurious_cnt - 1 - threshold, self.irq.hz)
-                if not info.eoi_time:
-                    info.eoi_cpu = self.kernel.cpu
-                info.eoi_time = self.kernel.jiffies() + delay
-                if dev is not None:
-                    dev.jiffies_eoi_delayed += delay
-            if dev is not None:
-                dev.spurious_events += 1
-        else:
-            info.spurious_cnt = 0
-        if info.eoi_time and (info.irq_epoch == self._irq_epoch[info.eoi_cpu] or delay):
-            self._lateeoi_list_add(info)
-            return
-        info.eoi_time = 0
-        info.is_active = False
-        self._do_unmask(info, MASK_EOI_PENDING)
-
-    def _lateeoi_list_add(self, info: IrqInfo) -> None:
-        work = self._lateeoi[info.eoi_cpu]
-        at = len(work.infos)
-        while at and work.infos[at - 1].eoi_time > info.eoi_time:
-            at -= 1
-        work.infos.insert(at, info)
-        info.delayed = True
-        if at == 0:
-            self._lateeoi_schedule(info.eoi_cpu, max(info.eoi_time - self.kernel.jiffies(), 1))
-
-    def _lateeoi_schedule(self, cpu: int, delay: int) -> None:
-        work = self._lateeoi[cpu]
-        if work.timer is not None:
-            work.timer.cancel()
-        # The timer's interrupt wakes the worker, which runs in process context.
-        callback = partial(self.kernel.queue_work, partial(self._lateeoi_worker, cpu))
-        work.timer = self.kernel.set_timer_jiffies(delay, callback, cpu)
-
-    def _lateeoi_worker(self, cpu: int) -> None:
-        work = self._lateeoi[cpu]
-        now = self.kernel.jiffies()
-        while work.infos:
-            info = work.infos[0]
-            if now < info.eoi_time:
-                self._lateeoi_schedule(cpu, info.eoi_time - now)
-                return
-            del work.infos[0]
-            info.delayed = False
-            info.eoi_time = 0
-            self._do_lateeoi(info, False)
+            self.lateeoi.eoi(desc.chip_data, bool(eoi_flags & XEN_EOI_FLAG_SPURIOUS))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHN_FIFO_PRIORITY_MAX
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_PCPU_STATE, VIRQ_TIMER
-from pvirq.linux.events_base import XEN_EOI_FLAG_SPURIOUS, EventsBase, XenbusDevice
+from pvirq.linux.events_base import EventsBase
+from pvirq.linux.events_info import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
 from pvirq.linux.evtchn_dev import EvtchnUser
 from pvirq.linux.irq import (
     IRQ_HANDLED,
