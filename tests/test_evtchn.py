@@ -336,6 +336,9 @@ class OneLine:
             raise XenError(Errno.EBUSY)
         self.port, self.vcpu = port, vcpu
 
+    def bound(self, pirq: int) -> None:
+        pass
+
     def unbind(self, pirq: int) -> None:
         self.port = 0
 

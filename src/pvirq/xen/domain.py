@@ -22,12 +22,15 @@ from pvirq.abi.xen import (
     XEN_LEGACY_MAX_VCPUS,
 )
 from pvirq.xen.memory import ABANDONED, PGT_NONE, PGT_WRITABLE, Machine
+from pvirq.xen.pirq import DomainPirqs
 from pvirq.xen.timer import Clock, Timer
 
 if TYPE_CHECKING:
     from pvirq.xen.evtchn import EventChannels
     from pvirq.xen.evtchn_op import Evtchnop
     from pvirq.xen.grant import GrantTable
+    from pvirq.xen.ioapic import IoApic
+    from pvirq.xen.irq import Irqs
 
 
 class Vcpu:
@@ -138,6 +141,7 @@ class Domain:
         # vcpu_info starts masked, as Xen's alloc_vcpu leaves it for a PV guest.
         for vcpu in self.vcpus:
             self.machine.mem[vcpu.info + VCPU_INFO_UPCALL_MASK] = 1
+        self.pirqs: DomainPirqs = DomainPirqs(self)
         self.evtchn: EventChannels = EventChannels(self, max_evtchns)
 
     @cached_property
@@ -231,6 +235,20 @@ class Hypervisor:
         self.global_virq_handlers: dict[int, Domain] = {}  # virq -> domain; domain 0 where absent
         self.on_wake: Callable[[Vcpu], None] = lambda vcpu: None
         self.on_shutdown: Callable[[Domain], None] = lambda domain: None
+        self.cpus = 0  # physical ones; 0: as many as domain 0 has
+
+    @cached_property
+    def irqs(self) -> Irqs:
+        """The physical interrupts. They come to be when something first asks for them."""
+        from pvirq.xen.irq import Irqs
+
+        dom0 = self.domains.get(0)
+        return Irqs(self, self.cpus or (len(dom0.vcpus) if dom0 else 1))
+
+    @property
+    def ioapic(self) -> IoApic:
+        """The I/O APIC, whose `line(gsi)` devices assert."""
+        return self.irqs.ioapic
 
     def create_domain(
         self,

@@ -31,7 +31,6 @@ from pvirq.xen.evtchn_channels import (
     ECS_VIRQ,
     Channel,
     EventChannels,
-    NoPirqs,
     Pirqs,
     XenConsumer,
     virq_is_global,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Channel",
     "EventChannels",
-    "NoPirqs",
     "Pirqs",
     "Status",
     "XenConsumer",
@@ -194,6 +192,7 @@ def bind_pirq(caller: Domain, pirq: int, flags: int) -> int:
     channel.state = ECS_PIRQ
     channel.pirq = pirq
     evtchn.ops.init(channel)
+    pirqs.bound(pirq)
     return channel.port
 
 

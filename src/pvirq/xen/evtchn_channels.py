@@ -79,10 +79,12 @@ class Pirqs(Protocol):
     """A domain's physical IRQs as event channels need them; `EventChannels.pirqs` holds the provider.
 
     Order of EVTCHNOP_bind_pirq: number in range (EINVAL), `access_permitted` (EPERM), `port_of` not 0
-    (EEXIST), a free port, then `bind`.
+    (EEXIST), a free port, then `bind`, and `bound` once the port is set up.
     """
 
-    nr_pirqs: int
+    @property
+    def nr_pirqs(self) -> int:
+        """How many numbers there are."""
 
     def access_permitted(self, pirq: int) -> bool:
         """May the domain use it (pirq_access_permitted)?"""
@@ -93,6 +95,9 @@ class Pirqs(Protocol):
     def bind(self, pirq: int, port: int, vcpu: Vcpu, will_share: bool) -> None:
         """Connect the line to `port` (pirq_guest_bind); on XenError nothing has changed."""
 
+    def bound(self, pirq: int) -> None:
+        """The port is the guest's now: interrupts may come (arch_evtchn_bind_pirq)."""
+
     def unbind(self, pirq: int) -> None:
         """The port has been closed (pirq_guest_unbind)."""
 
@@ -101,30 +106,6 @@ class Pirqs(Protocol):
 
     def irq(self, pirq: int) -> int:
         """The hypervisor's own number of the line, for the 'e' debug key (domain_pirq_to_irq)."""
-
-
-class NoPirqs:
-    """A domain that has been given no physical IRQ: the numbers exist, none is permitted."""
-
-    nr_pirqs = 56  # 24 GSIs of one I/O APIC and Xen's default of 32 extra ones for a guest
-
-    def access_permitted(self, pirq: int) -> bool:
-        return False
-
-    def port_of(self, pirq: int) -> int:
-        return 0
-
-    def bind(self, pirq: int, port: int, vcpu: Vcpu, will_share: bool) -> None:
-        raise XenError(Errno.EPERM, f"pirq {pirq}")
-
-    def unbind(self, pirq: int) -> None:
-        pass
-
-    def set_affinity(self, pirq: int, vcpu: Vcpu) -> None:
-        pass
-
-    def irq(self, pirq: int) -> int:
-        return 0
 
 
 class EventChannels:
@@ -139,7 +120,7 @@ class EventChannels:
         self.domain = domain
         self.max_port = INT_MAX if max_evtchns < 0 else min(max_evtchns, INT_MAX)
         self.ops: TwoLevel | Fifo = TwoLevel(domain)
-        self.pirqs: Pirqs = NoPirqs()
+        self.pirqs: Pirqs = domain.pirqs
         self.channels = [Channel(port) for port in range(EVTCHNS_PER_BUCKET)]
         self.channels[0].state = ECS_RESERVED
         self.active = 0

@@ -8,6 +8,12 @@ from __future__ import annotations
 from pvirq.xen.domain import Hypervisor
 
 
+class MsiDesc:
+    """struct msi_desc"""
+
+    maskable = True
+
+
 class PciDevice:
     """A PCI function: `sbdf` (segment, bus, device and function, as in Xen), `vectors` it can raise, MSI-X or MSI."""
 
