@@ -25,7 +25,13 @@ MS: Final = 1_000_000
 
 
 class HardwareError(ValueError):
-    """A machine's table says something that can't be; the message tells what was expected."""
+    """A machine's table says something that can't be; the message tells what was expected.
+
+    `device` is its place in the table, `key` the parameter that is wrong ("" where it is none in particular).
+    """
+
+    device: int = -1
+    key: str = ""
 
 
 class Interrupt(Protocol):
@@ -79,10 +85,10 @@ class Board:
 
     def pin(self, gsi: int) -> Pin:
         """A new pin on an I/O APIC input. HardwareError where there is no such input."""
-        try:
-            return Pin(self.hypervisor.ioapic.line(gsi))
-        except XenError as error:
-            raise HardwareError(f"no I/O APIC input {gsi}: {error.why}") from error
+        lines = self.hypervisor.ioapic.lines
+        if not 0 <= gsi < len(lines):
+            raise HardwareError(f"gsi {gsi}: expected 0 to {len(lines) - 1}, an input of the I/O APIC")
+        return Pin(lines[gsi])
 
     def pci(self, name: str, slot: str = "", *, vectors: int = 1, msix: bool = False) -> PciDevice:
         """Plug in a PCI function: at `slot`, as "00:1f.2", or in the next device of bus 0 without anything.
@@ -104,19 +110,13 @@ class Board:
         return PciDevice(self.hypervisor, bdf, vectors=vectors, msix=msix)
 
 
-def pci_name(pci: PciDevice) -> str:
-    """As Linux writes a PCI function: 0000:00:1f.2."""
-    bdf = pci.sbdf
-    return f"{bdf >> 16:04x}:{bdf >> 8 & 0xFF:02x}:{bdf >> 3 & 0x1F:02x}.{bdf & 7}"
-
-
 class Driver(ABC):
     """A driver and the one device that it drives; `name` is the device's in its machine.
 
     `bound` tells whether its probe went well.
     """
 
-    module: ClassVar[str]
+    module: str
     """The driver's name in Linux."""
 
     def __init__(self, board: Board, name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, Driver, HardwareError
+from pvirq.hardware.device import Board, Declaration, Driver, HardwareError
 from pvirq.linux.kernel import KernelTimer
 from pvirq.xen.timer import NS_PER_S
 
@@ -105,6 +105,24 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
         if path.stat().st_size < size:
             file.truncate(size)
         return mmap.mmap(file.fileno(), size)
+
+
+@dataclass(frozen=True)
+class DiskDeclaration(Declaration):
+    """What all disks have: `size_mib`, perhaps a `file` with their data, and their timing (see `Timing`)."""
+
+    size_mib: int = 8192
+    file: str = ""
+    command_ns: int = 100_000
+    seek_ns: int = 16_000_000  # 8 ms for half the way
+    bytes_per_s: int = 60_000_000
+
+    def medium(self, board: Board) -> Medium:
+        if self.size_mib <= 0:
+            raise HardwareError(f"size_mib {self.size_mib}: expected a number above 0")
+        if self.command_ns < 0 or self.seek_ns < 0 or self.bytes_per_s <= 0:
+            raise HardwareError("command_ns and seek_ns: expected 0 or more; bytes_per_s: expected more than 0")
+        return Medium(board, self.size_mib * MIB, Timing(self.command_ns, self.seek_ns, self.bytes_per_s), self.file)
 
 
 @dataclass(eq=False, slots=True)

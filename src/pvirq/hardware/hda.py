@@ -1,0 +1,93 @@
+"""A sound card, HD Audio: an interrupt for each period that a stream has played, on a shared level line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from pvirq.hardware.device import Board, Declaration, Deferred, Driver, HardwareError
+from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
+
+STREAM: Final = 0x01  # of the interrupt status register: the one stream's
+
+
+class HdaController:
+    """The controller with one output stream: the line is up from a period's end until that is acknowledged."""
+
+    def __init__(self, board: Board, gsi: int) -> None:
+        self._pin = board.pin(gsi)
+        self._status = 0
+        self._period_ns = 0
+        self._period = Deferred(board, self._elapsed)
+
+    def read_intsts(self) -> int:
+        return self._status
+
+    def acknowledge(self) -> None:
+        """A write of ones to the stream's status register."""
+        self._status = 0
+        self._pin.lower()
+
+    def run(self, period_ns: int) -> None:
+        """Start the stream; 0: stop it."""
+        self._period_ns = period_ns
+        if period_ns:
+            self._period.after(period_ns)
+        else:
+            self._period.cancel()
+
+    def _elapsed(self) -> None:
+        self._status |= STREAM
+        self._pin.raise_()
+        self._period.after(self._period_ns)
+
+
+class HdaDriver(Driver):
+    """The driver, snd_hda_intel; `periods` counts what has been played, `on_period` is told of each."""
+
+    module = "snd_hda_intel"
+
+    def __init__(self, board: Board, name: str, controller: HdaController, gsi: int, row: str) -> None:
+        super().__init__(board, name)
+        self.controller = controller
+        self._gsi = gsi
+        self._row = row
+        self.periods = 0
+        self.on_period: Callable[[], None] = lambda: None
+
+    def probe(self) -> None:
+        irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
+        self.request_irq(irq, self._interrupt, IRQF_SHARED, self._row)
+
+    def remove(self) -> None:
+        self.play(0)
+        super().remove()
+
+    def play(self, period_ns: int) -> None:
+        """Play in periods of so many ns; 0: stop. ValueError for less."""
+        if period_ns < 0:
+            raise ValueError(f"a period of {period_ns} ns")
+        self.controller.run(period_ns)
+
+    def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
+        """azx_interrupt"""
+        if not self.controller.read_intsts() & STREAM:
+            return IRQ_NONE
+        self.controller.acknowledge()
+        self.periods += 1
+        self.on_period()
+        return IRQ_HANDLED
+
+
+@dataclass(frozen=True)
+class HdaDeclaration(Declaration):
+    """A sound card on a shared level line; `row` is what /proc/interrupts calls it."""
+
+    gsi: int = 16
+    row: str = "HDA Intel"
+
+    def make(self, board: Board) -> HdaDriver:
+        if not self.row:
+            raise HardwareError("row: expected a name for /proc/interrupts")
+        return HdaDriver(board, self.name, HdaController(board, self.gsi), self.gsi, self.row)
