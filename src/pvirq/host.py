@@ -232,6 +232,13 @@ class Host:
             if timer is not None:
                 timer.cancel()
 
+    @property
+    def quiet(self) -> bool:
+        """No domain has anything to do before the next timer."""
+        return not self._woken and not any(
+            vcpu.runnable for machine in self._machines.values() for vcpu in machine.domain.vcpus
+        )
+
     def _step(self) -> bool:
         """Give the modelled vCPUs that were woken a turn, else the next runnable one of a real guest.
 
@@ -242,7 +249,7 @@ class Host:
             woken, self._woken = self._woken, {}
             kernels = self._kernels
             for vcpu in woken:
-                if vcpu.runnable and vcpu.event_pending():
+                if vcpu.runnable:
                     kernels[vcpu.domain.domid].run(vcpu)
             return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]

@@ -74,6 +74,8 @@ class Kernel(Generic[P]):
         self._cpus = [_Cpu() for _ in domain.vcpus]
         self.events: P = personality(self)
         self.irq: GenericIrq = self.events.irq
+        self._mem = domain.machine.mem
+        self._upcall = self.events.upcall
 
     # Time.
 
@@ -141,25 +143,25 @@ class Kernel(Generic[P]):
         cpu, pending = vcpu.vcpu_id, vcpu.info
         work = self._cpus[cpu].work
         mask = pending + VCPU_INFO_UPCALL_MASK
-        mem = self.domain.machine.mem
+        mem = self._mem
+        upcall = self._upcall
         before = self.cpu, self._running
         self.cpu, self._running = cpu, True
         try:
-            mem[mask] = 0
             while True:
                 if mem[pending]:
                     mem[mask] = 1  # as Xen does when it makes the upcall's frame
-                    try:
-                        self.events.upcall(cpu)
-                    finally:
-                        mem[mask] = 0
+                    upcall(cpu)
                 elif work:
+                    mem[mask] = 0
                     work.popleft()()
                 else:
                     break
         finally:
+            mem[mask] = 0
             self.cpu, self._running = before
-        sched.block(vcpu)
+        # SCHEDOP_block: nothing is pending now.
+        vcpu.blocked = True
 
     # Work for this and other CPUs.
 
