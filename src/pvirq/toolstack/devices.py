@@ -1,0 +1,272 @@
+"""What xl does for the disks and network interfaces of a domain (libxl_disk.c, libxl_nic.c, libxl_device.c of 4.17).
+
+It writes both ends' nodes, waits for the backend to be ready, and does what the hotplug scripts do: it names the
+block device, or puts the interface on its bridge. A domain may run or be still to be built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.io_xenbus import XenbusState
+from pvirq.drivers.blockstore import BlockDevices
+from pvirq.drivers.xenstore import Client, Operations, WatchHandle
+from pvirq.linux.kthread import Completion
+
+PROTOCOL: Final = "x86_64-abi"
+BLOCK_SCRIPT: Final = "/etc/xen/scripts/block"
+VIF_SCRIPT: Final = "/etc/xen/scripts/vif-bridge"
+
+XVDA: Final = 202 << 8
+EXTENDED: Final = 1 << 28
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of a domain: `params` is the block device in domain 0, `vdev` its name in the guest, such as xvda."""
+
+    vdev: str
+    params: str
+    readonly: bool = False
+    removable: bool = False
+
+    @property
+    def devid(self) -> int:
+        return vdev_number(self.vdev)
+
+
+@dataclass(frozen=True)
+class Nic:
+    """A network interface of a domain."""
+
+    devid: int
+    mac: str
+    bridge: str = "xenbr0"
+    mtu: int = 1500
+
+
+def vdev_number(vdev: str) -> int:
+    """The number of a virtual device such as xvda, xvdb1, hda or sda (libxl__device_disk_dev_number).
+
+    ValueError for a name that is none.
+    """
+    prefix, rest = vdev[:3], vdev[3:]
+    if prefix != "xvd":
+        prefix, rest = vdev[:2], vdev[2:]
+    letters = rest.rstrip("0123456789")
+    partition = int(rest[len(letters) :] or "0")
+    if prefix not in ("xvd", "hd", "sd") or not letters or not letters.islower() or not letters.isalpha():
+        raise ValueError(f"{vdev!r} is no virtual device: expected xvd, hd or sd, a letter and perhaps a number")
+    disk = 0
+    for letter in letters:
+        disk = disk * 26 + ord(letter) - ord("a") + 1
+    disk -= 1
+    if prefix == "hd" and disk < 4 and partition < 64:
+        return ((3, 22)[disk // 2] << 8) | (disk % 2) << 6 | partition
+    if prefix == "sd" and disk < 16 and partition < 16:
+        return 8 << 8 | disk << 4 | partition
+    if prefix == "xvd" and disk < 16 and partition < 16:
+        return XVDA | disk << 4 | partition
+    if prefix != "xvd" or partition > 255 or disk >= 1 << 20:
+        raise ValueError(f"{vdev!r} is beyond what there are numbers for")
+    return EXTENDED | disk << 8 | partition
+
+
+@dataclass(frozen=True)
+class DeviceRef:
+    """A device by its place: libxl__device."""
+
+    domid: int
+    kind: str
+    devid: int
+
+    @property
+    def frontend(self) -> str:
+        return f"/local/domain/{self.domid}/device/{self.kind}/{self.devid}"
+
+    @property
+    def backend(self) -> str:
+        return f"/local/domain/0/backend/{self.kind}/{self.domid}/{self.devid}"
+
+    @property
+    def libxl(self) -> str:
+        return f"/libxl/{self.domid}/device/{self.kind}/{self.devid}"
+
+
+Nodes = Iterable[tuple[str, str | int]]
+
+
+class DeviceManager:
+    """Attaches and detaches devices of domain 0's backends.
+
+    `on_vif(ref, bridge, up)` is the vif-bridge script: it puts an interface on a bridge or takes it away. What it
+    raises as XenError goes to `hotplug-error`, as a script's failure does.
+    """
+
+    def __init__(
+        self,
+        store: Client,
+        devices: BlockDevices,
+        on_vif: Callable[[DeviceRef, str, bool], None] = lambda ref, bridge, up: None,
+    ) -> None:
+        self.store = store
+        self._devices = devices
+        self._on_vif = on_vif
+
+    # -- attaching -----------------------------------------------------------------------------------------------------
+
+    def attach_disk(self, domid: int, disk: Disk) -> Completion[DeviceRef]:
+        """Give a domain a disk; done when its backend has the block device. XenError(EEXIST): it has one there.
+
+        Fails with XenError(ENOENT) where domain 0 has no such block device, its text in `hotplug-error`.
+        """
+        ref = DeviceRef(domid, "vbd", disk.devid)
+        back: Nodes = [
+            ("params", disk.params), ("script", BLOCK_SCRIPT), ("frontend-id", domid), ("online", 1),
+            ("removable", int(disk.removable)), ("bootable", 1), ("state", 1), ("dev", disk.vdev), ("type", "phy"),
+            ("mode", "r" if disk.readonly else "w"), ("device-type", "disk"),
+            ("discard-enable", int(not disk.readonly)), ("specification", "xen"),
+        ]  # fmt: skip
+        front: Nodes = [
+            ("backend-id", 0), ("state", 1), ("virtual-device", ref.devid), ("device-type", "disk"), ("trusted", 1),
+            ("protocol", PROTOCOL),
+        ]  # fmt: skip
+        self._add(ref, back, front, [])
+        return self._when_ready(ref, lambda: self._block_script(ref, disk.params))
+
+    def attach_nic(self, domid: int, nic: Nic) -> Completion[DeviceRef]:
+        """Give a domain a network interface; done when it is on its bridge. XenError(EEXIST)."""
+        ref = DeviceRef(domid, "vif", nic.devid)
+        back: Nodes = [
+            ("frontend-id", domid), ("online", 1), ("state", 1), ("script", VIF_SCRIPT), ("mac", nic.mac),
+            *([("mtu", nic.mtu)] if nic.mtu != 1500 else []),
+            ("bridge", nic.bridge), ("handle", nic.devid), ("type", "vif"), ("hotplug-status", ""),
+        ]  # fmt: skip
+        front: Nodes = [("backend-id", 0), ("state", 1), ("handle", nic.devid), ("mac", nic.mac), ("trusted", 1)]
+        self._add(ref, back, front, [("mtu", nic.mtu)])
+        return self._when_ready(ref, lambda: self._vif_script(ref, nic.bridge))
+
+    def _add(self, ref: DeviceRef, back: Nodes, front: Nodes, front_ro: Nodes) -> None:
+        """libxl__device_generic_add."""
+        if self.store.exists(f"{ref.libxl}/backend"):
+            raise XenError(Errno.EEXIST, f"domain {ref.domid} has {ref.kind} {ref.devid}")
+        theirs, ours = [f"n{ref.domid}", "r0"], ["n0", f"r{ref.domid}"]
+
+        def write(t: Operations) -> None:
+            t.write(f"{ref.libxl}/frontend", ref.frontend)
+            t.write(f"{ref.libxl}/backend", ref.backend)
+            t.mkdir(ref.frontend)
+            t.set_perms(ref.frontend, theirs)
+            t.write(f"{ref.frontend}/backend", ref.backend)
+            for nodes, perms in ((front, theirs), (front_ro, ours)):
+                for key, value in nodes:
+                    t.write(f"{ref.frontend}/{key}", value)
+                    t.set_perms(f"{ref.frontend}/{key}", perms)
+            t.mkdir(ref.backend)
+            t.set_perms(ref.backend, ours)
+            t.write(f"{ref.backend}/frontend", ref.frontend)
+            for key, value in back:
+                t.write(f"{ref.backend}/{key}", value)
+                t.write(f"{ref.libxl}/{key}", value)
+
+        self.store.transact(write)
+
+    def _when_ready(self, ref: DeviceRef, script: Callable[[], None]) -> Completion[DeviceRef]:
+        """Run the hotplug script once the backend waits for it (device_hotplug)."""
+        done: Completion[DeviceRef] = Completion()
+
+        def ready() -> None:
+            try:
+                script()
+            except XenError as error:
+                self.store.write(f"{ref.backend}/hotplug-error", error.why)
+                self.store.write(f"{ref.backend}/hotplug-status", "error")
+                done.fail(error)
+            else:
+                done.complete(ref)
+
+        self._when_state(ref, (XenbusState.InitWait,), ready)
+        return done
+
+    def _when_state(self, ref: DeviceRef, states: tuple[XenbusState, ...], action: Callable[[], None]) -> None:
+        """Once the backend is in one of these states, or its nodes are gone where Unknown is one (ev_devstate)."""
+        watch: list[WatchHandle] = []
+
+        def changed(path: str, token: str) -> None:
+            text = self.store.read_text(f"{ref.backend}/state", "0")
+            if watch and text.isdigit() and int(text) in states:
+                watch.pop().close()
+                action()
+
+        watch.append(self.store.watch(f"{ref.backend}/state", f"{ref.kind}-{ref.domid}-{ref.devid}", changed))
+        changed("", "")
+
+    def _block_script(self, ref: DeviceRef, params: str) -> None:
+        """/etc/xen/scripts/block add."""
+        number = self._devices.number(params)
+        if number is None:
+            raise XenError(Errno.ENOENT, f"{params} does not exist")
+        self.store.write(f"{ref.backend}/physical-device", number)
+        self.store.write(f"{ref.backend}/physical-device-path", params)
+        self.store.write(f"{ref.backend}/hotplug-status", "connected")
+
+    def _vif_script(self, ref: DeviceRef, bridge: str) -> None:
+        """/etc/xen/scripts/vif-bridge online."""
+        self._on_vif(ref, bridge, True)
+        self.store.write(f"{ref.backend}/hotplug-status", "connected")
+
+    # -- detaching -----------------------------------------------------------------------------------------------------
+
+    def detach(self, ref: DeviceRef, *, force: bool = False) -> Completion[None]:
+        """Take a device away: both ends close, then its nodes go; `force` doesn't wait for the guest.
+
+        XenError(ENOENT): there is none.
+        """
+        done: Completion[None] = Completion()
+        if not self.store.exists(f"{ref.libxl}/backend"):
+            raise XenError(Errno.ENOENT, f"domain {ref.domid} has no {ref.kind} {ref.devid}")
+
+        def closed() -> None:
+            self._destroy(ref)
+            done.complete(None)
+
+        def close(t: Operations) -> None:
+            if t.exists(f"{ref.backend}/state"):
+                t.write(f"{ref.backend}/online", 0)
+                if t.read_text(f"{ref.backend}/state") != str(int(XenbusState.Closed)):
+                    t.write(f"{ref.backend}/state", int(XenbusState.Closing))
+
+        self.store.transact(close)
+        if force:
+            closed()
+        else:
+            self._when_state(ref, (XenbusState.Unknown, XenbusState.Closed), closed)
+        return done
+
+    def _destroy(self, ref: DeviceRef) -> None:
+        """The scripts' `remove` and libxl__device_destroy: its nodes, and directories that are empty with that."""
+        bridge = self.store.read_text(f"{ref.backend}/bridge", "")
+        if ref.kind == "vif" and bridge:
+            self._on_vif(ref, bridge, False)
+        for path, levels in ((ref.frontend, 1), (ref.backend, 2), (ref.libxl, 1)):
+            if self.store.exists(path):
+                self.store.rm(path)
+            for _ in range(levels):
+                path = path[: path.rfind("/")]
+                if not self.store.exists(path) or self.store.ls(path):
+                    break
+                self.store.rm(path)
+
+    def detach_all(self, domid: int) -> None:
+        """Take all devices of a domain that has ended away (libxl__devices_destroy)."""
+        base = f"/libxl/{domid}/device"
+        if not self.store.exists(base):
+            return
+        for kind in self.store.ls(base):
+            if kind == "console":
+                continue
+            for devid in self.store.ls(f"{base}/{kind}"):
+                self.detach(DeviceRef(domid, kind, int(devid)), force=True)
