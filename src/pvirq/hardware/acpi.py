@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import ClassVar, Final
 
 from pvirq.hardware.device import Board, Declaration, Driver
@@ -53,6 +54,7 @@ class AcpiDriver(Driver):
     """The driver; `on_event` is told of each event, from the interrupt's bottom half."""
 
     module = "acpi"
+    uses = {"power": "press the power button", "sleep": "press the sleep button"}
 
     def __init__(self, board: Board, name: str, pm1: Pm1, gsi: int, active_low: bool) -> None:
         super().__init__(board, name)
@@ -72,6 +74,9 @@ class AcpiDriver(Driver):
         self.pm1.write_enable(0)
         super().remove()
 
+    def _use(self, action: str, rng: Random) -> None:
+        self.pm1.press(PWRBTN if action == "power" else SLPBTN)
+
     def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         """acpi_ev_sci_xrupt_handler, acpi_ev_fixed_event_detect"""
         bits = self.pm1.read_status() & self.pm1.read_enable()
@@ -90,6 +95,7 @@ class AcpiDeclaration(Declaration):
     gsi: int = 9
     active_low: bool = False  # the firmware of most machines overrides it so
     behind: ClassVar[tuple[str, ...]] = ("xen-pcpu",)
+    driver: ClassVar[type[Driver]] = AcpiDriver
 
     def make(self, board: Board) -> AcpiDriver:
         return AcpiDriver(board, self.name, Pm1(board, self.gsi), self.gsi, self.active_low)

@@ -7,10 +7,10 @@ line, is up while any is noted. Completions that come before the driver has look
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, HardwareError, Interrupt, Message
+from pvirq.hardware.device import Board, Driver, HardwareError, Interrupt, Message
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 from pvirq.xen.msi import PciDevice
@@ -127,6 +127,7 @@ class AhciDeclaration(DiskDeclaration):
     gsi: int = -1
     slot: str = ""
     row: str = "ahci"
+    driver: ClassVar[type[Driver]] = AhciDriver
 
     def make(self, board: Board) -> AhciDriver:
         if not self.row:

@@ -7,7 +7,7 @@ a PCI line, level-triggered and shared. The line is high from a command's end un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
 from pvirq.hardware.device import Board, Deferred, Driver
@@ -153,6 +153,7 @@ class AtaDeclaration(DiskDeclaration):
 
     gsi: int = 14
     native: bool = False
+    driver: ClassVar[type[Driver]] = AtaDriver
 
     def make(self, board: Board) -> AtaDriver | EmptyAtaDriver:
         if not self.size_mib:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from pvirq.abi.errno import XenError
@@ -119,6 +120,9 @@ class Driver(ABC):
     module: str
     """The driver's name in Linux."""
 
+    uses: ClassVar[Mapping[str, str]] = {}
+    """What the world does with such a device, or its kernel, in one go: the actions of `use`, and what each is."""
+
     def __init__(self, board: Board, name: str) -> None:
         self.kernel = board.kernel
         self.clock = board.clock
@@ -148,6 +152,19 @@ class Driver(ABC):
         while self._msi:
             self.kernel.events.disable_msi(self._msi.pop())
 
+    def use(self, action: str, rng: Random) -> None:
+        """Do one of `uses`; `rng` chooses what it leaves open, as a sector. ValueError where that can't be now.
+
+        HardwareError for an action that the device hasn't.
+        """
+        if action not in self.uses:
+            expected = ", ".join(self.uses) or "none: it can't be used"
+            raise HardwareError(f"unknown action {action!r} of {self.name}: expected {expected}")
+        self._use(action, rng)
+
+    def _use(self, action: str, rng: Random) -> None:
+        raise NotImplementedError
+
     def request_irq(self, irq: int, handler: IrqHandler, flags: int, row: str, dev_id: object = None) -> None:
         """`dev_id` is the driver itself where nothing is given."""
         dev_id = self if dev_id is None else dev_id
@@ -170,6 +187,7 @@ class Declaration(ABC):
 
     name: str
     behind: ClassVar[tuple[str, ...]] = ("hvc_open",)
+    driver: ClassVar[type[Driver]]
 
     @abstractmethod
     def make(self, board: Board) -> Driver:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Final, Protocol
 
 from pvirq.abi.errno import Errno
@@ -127,7 +128,10 @@ class DiskDeclaration(Declaration):
 
 @dataclass(eq=False, slots=True)
 class Command:
-    """One command to a disk, a part of a request: `data` is None for a read, and at the end what was read."""
+    """One command to a disk, a part of a request: `data` is None for a read, and at the end what was read.
+
+    A flush is a write of no sectors.
+    """
 
     sector: int
     count: int
@@ -154,6 +158,8 @@ class BlockDriver(Driver):
     neither merged nor put in another order. A command whose interrupt doesn't come within 30 s is asked after by
     `_timed_out`.
     """
+
+    uses = {"read": "read 4 KiB somewhere", "write": "write 4 KiB somewhere", "flush": "flush what was written"}
 
     def __init__(self, board: Board, name: str, medium: Medium, slots: int) -> None:
         """`slots`: how many commands the disk takes at a time."""
@@ -183,6 +189,16 @@ class BlockDriver(Driver):
             piece = None if data is None else data[at * SECTOR : (at + part) * SECTOR]
             request.parts.append(Command(sector + at, part, piece, request, data is not None))
         request.left = len(request.parts)
+        self._waiting += request.parts
+        self._dispatch()
+
+    def flush(self, done: Done) -> None:
+        """Call `done(None, error)` when what was written is safe: a command like any other, which moves no data."""
+        if not self.bound:
+            self.kernel.queue_work(lambda: done(None, Errno.ENXIO))
+            return
+        request = Request(done, 1)
+        request.parts.append(Command(0, 0, None, request, True))
         self._waiting += request.parts
         self._dispatch()
 
@@ -220,6 +236,15 @@ class BlockDriver(Driver):
         if not request.left:
             read = not command.write and request.error is None
             request.done(b"".join(part.data or b"" for part in request.parts) if read else None, request.error)
+
+    def _use(self, action: str, rng: Random) -> None:
+        if action == "flush":
+            self.flush(lambda data, error: None)
+            return
+        count = min(8, self.sectors)
+        sector = rng.randrange(self.sectors // count) * count
+        data = rng.randbytes(count * SECTOR) if action == "write" else None
+        self.submit(sector, count, data, lambda data, error: None)
 
     def remove(self) -> None:
         """What was still to do ends with ENXIO."""

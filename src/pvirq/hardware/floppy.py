@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from random import Random
+from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
 from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver
@@ -113,6 +114,7 @@ class FloppyDriver(Driver):
     """The driver: all work is done by one thread, a request at a time."""
 
     module = "floppy"
+    uses = {"read": "read a sector somewhere", "insert": "put in an empty disk", "eject": "take the disk out"}
 
     def __init__(self, board: Board, name: str, fdc: Fdc, gsi: int, opened: bool) -> None:
         super().__init__(board, name)
@@ -232,6 +234,14 @@ class FloppyDriver(Driver):
 
     # The user at the drive.
 
+    def _use(self, action: str, rng: Random) -> None:
+        if action == "insert":
+            self.insert(b"")
+        elif action == "eject":
+            self.eject()
+        else:
+            self.submit(rng.randrange(DISK_SECTORS), 1, None, lambda data, error: None)
+
     def insert(self, image: bytes) -> None:
         """Put a disk in, up to 1.44 MB."""
         if len(image) > DISK_SECTORS * SECTOR:
@@ -249,6 +259,7 @@ class FloppyDeclaration(Declaration):
 
     gsi: int = 6
     opened: bool = True
+    driver: ClassVar[type[Driver]] = FloppyDriver
 
     def make(self, board: Board) -> FloppyDriver:
         return FloppyDriver(board, self.name, Fdc(board, self.gsi), self.gsi, self.opened)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from random import Random
+from typing import ClassVar, Final
 
-from pvirq.hardware.device import Board, Declaration, Deferred, Driver, HardwareError
+from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, HardwareError
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 
 STREAM: Final = 0x01  # of the interrupt status register: the one stream's
@@ -37,16 +38,23 @@ class HdaController:
         else:
             self._period.cancel()
 
+    def run_once(self, period_ns: int) -> None:
+        """Play one period; nothing new where the stream runs."""
+        if not self._period.pending:
+            self._period.after(period_ns)
+
     def _elapsed(self) -> None:
         self._status |= STREAM
         self._pin.raise_()
-        self._period.after(self._period_ns)
+        if self._period_ns:
+            self._period.after(self._period_ns)
 
 
 class HdaDriver(Driver):
     """The driver, snd_hda_intel; `periods` counts what has been played, `on_period` is told of each."""
 
     module = "snd_hda_intel"
+    uses = {"period": "play one period of 10 ms"}
 
     def __init__(self, board: Board, name: str, controller: HdaController, gsi: int, row: str) -> None:
         super().__init__(board, name)
@@ -70,6 +78,9 @@ class HdaDriver(Driver):
             raise ValueError(f"a period of {period_ns} ns")
         self.controller.run(period_ns)
 
+    def _use(self, action: str, rng: Random) -> None:
+        self.controller.run_once(10 * MS)
+
     def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         """azx_interrupt"""
         if not self.controller.read_intsts() & STREAM:
@@ -86,6 +97,7 @@ class HdaDeclaration(Declaration):
 
     gsi: int = 16
     row: str = "HDA Intel"
+    driver: ClassVar[type[Driver]] = HdaDriver
 
     def make(self, board: Board) -> HdaDriver:
         if not self.row:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import ClassVar, Final
 
 from pvirq.hardware import ps2
@@ -195,6 +196,7 @@ class I8042Driver(Driver):
     """
 
     module = "i8042"
+    uses = {"key": "press and release a letter's key", "move": "move the mouse a little"}
 
     def __init__(self, board: Board, name: str, controller: I8042, gsis: tuple[int, int], psmouse: bool) -> None:
         super().__init__(board, name)
@@ -308,6 +310,14 @@ class I8042Driver(Driver):
 
     # The user at the other side.
 
+    def _use(self, action: str, rng: Random) -> None:
+        if action == "key":
+            self.type(rng.choice("abcdefghijklmnopqrstuvwxyz"))
+        elif self.mouse is None:
+            raise ValueError(f"{self.name} has no mouse")
+        else:
+            self.mouse.move(rng.randint(-20, 20), rng.randint(-20, 20))
+
     @property
     def keyboard(self) -> Keyboard | None:
         device = self.controller.devices[KBD]
@@ -349,6 +359,7 @@ class I8042Declaration(Declaration):
     mouse: bool = True
     psmouse: bool = True
     behind: ClassVar[tuple[str, ...]] = ("hvc_console",)
+    driver: ClassVar[type[Driver]] = I8042Driver
 
     def make(self, board: Board) -> I8042Driver:
         devices = Keyboard() if self.keyboard else None, Mouse() if self.mouse else None

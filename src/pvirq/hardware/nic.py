@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from random import Random
+from typing import ClassVar, Final
 
 from pvirq.hardware.device import US, Board, Declaration, Deferred, Driver, HardwareError, Interrupt, Message
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
@@ -174,9 +175,14 @@ class NicDriver(Driver):
     """
 
     module = "e1000"
+    uses = {"transmit": "the kernel sends a frame of 60 bytes", "receive": "such a frame comes from the wire",
+            "pull": "somebody pulls the cable", "plug": "somebody plugs it in"}  # fmt: skip
 
-    def __init__(self, board: Board, name: str, card: E1000, pci: PciDevice, gsi: int | None, row: str) -> None:
+    def __init__(
+        self, board: Board, name: str, card: E1000, pci: PciDevice, gsi: int | None, row: str, bridge: str
+    ) -> None:
         super().__init__(board, name)
+        self.bridge = bridge
         self.card = card
         self.wire = card.wire
         self.pci = pci
@@ -226,6 +232,15 @@ class NicDriver(Driver):
         self.card.write_tdt(frame)
         return True
 
+    def _use(self, action: str, rng: Random) -> None:
+        frame = b"\xff" * 6 + bytes((2, 0, 0, 0, 0, 1)) + b"\x08\x06" + rng.randbytes(46)
+        if action == "transmit":
+            self.transmit(frame)
+        elif action == "receive":
+            self.wire.send(frame)
+        else:
+            self.card.set_link(action == "plug")
+
     def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         """e1000_intr, e1000_intr_msi"""
         causes = self.card.read_icr()
@@ -266,7 +281,10 @@ class NicDriver(Driver):
 
 @dataclass(frozen=True)
 class NicDeclaration(Declaration):
-    """A network card (e1000) on a wire, by MSI, or (gsi) on a shared level line; its row is `row`, else its name."""
+    """A network card (e1000) on a wire, by MSI, or (gsi) on a shared level line; its row is `row`, else its name.
+
+    `bridge` is the one of domain 0 whose port it is; whoever builds that reads it.
+    """
 
     gsi: int = -1
     slot: str = ""
@@ -274,6 +292,8 @@ class NicDeclaration(Declaration):
     latency_ns: int = 50 * US
     bits_per_s: int = 1_000_000_000
     itr_ns: int = 50 * US  # 20,000 interrupts a second at most
+    bridge: str = "xenbr0"
+    driver: ClassVar[type[Driver]] = NicDriver
 
     def make(self, board: Board) -> NicDriver:
         if self.latency_ns < 0 or self.itr_ns < 0 or self.bits_per_s <= 0:
@@ -282,4 +302,4 @@ class NicDeclaration(Declaration):
         gsi = None if self.gsi < 0 else self.gsi
         interrupt = Message(pci) if gsi is None else board.pin(gsi)
         card = E1000(board, interrupt, Wire(board, self.latency_ns, self.bits_per_s), self.itr_ns)
-        return NicDriver(board, self.name, card, pci, gsi, self.row or self.name)
+        return NicDriver(board, self.name, card, pci, gsi, self.row or self.name, self.bridge)

@@ -120,16 +120,26 @@ def _error(key: str, message: str) -> HardwareError:
     return error
 
 
-def device_help() -> list[tuple[str, str, str]]:
-    """For each type of device: its name, a line about it, its parameters with their defaults."""
+def device_help() -> list[DeviceHelp]:
+    """About each type of device, for people."""
     rows = []
     for name, declaration in TYPES.items():
         about = (declaration.__doc__ or "").split("\n", 1)[0]
         parameters = [
             f"{field.name}={_toml(field.default)}" for field in fields(declaration) if field.default is not MISSING
         ]
-        rows.append((name, about, " ".join(parameters)))
+        rows.append(DeviceHelp(name, about, parameters, declaration.driver.uses))
     return rows
+
+
+@dataclass(frozen=True)
+class DeviceHelp:
+    """A type of device: a line about it, its parameters as "gsi=8", what can be done with it (see `Driver.uses`)."""
+
+    name: str
+    about: str
+    parameters: list[str]
+    uses: Mapping[str, str]
 
 
 def _toml(value: object) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from random import Random
+from typing import ClassVar, Final
 
 from pvirq.hardware.device import Board, Declaration, Deferred, Driver, HardwareError
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqReturn
@@ -94,6 +95,7 @@ class RtcDriver(Driver):
     """The driver. `on_interrupt` is told of each interrupt's reasons; `alarms`, `updates`, `periods` count them."""
 
     module = "rtc_cmos"
+    uses = {"alarm": "set an alarm for a second from now"}
 
     def __init__(self, board: Board, name: str, chip: Mc146818, gsi: int, row: str) -> None:
         super().__init__(board, name)
@@ -129,6 +131,9 @@ class RtcDriver(Driver):
         self.on_interrupt(flags & REASONS)
         return IRQ_HANDLED
 
+    def _use(self, action: str, rng: Random) -> None:
+        self.set_alarm(self.kernel.now() + NS_PER_S)
+
     def set_alarm(self, when: int) -> None:
         """Interrupt at `when`, ns of virtual time, once."""
         self.chip.write_b(self.chip.read_b() & ~AIE)
@@ -154,6 +159,7 @@ class RtcDeclaration(Declaration):
 
     gsi: int = 8
     row: str = "rtc0"
+    driver: ClassVar[type[Driver]] = RtcDriver
 
     def make(self, board: Board) -> RtcDriver:
         if not self.row:

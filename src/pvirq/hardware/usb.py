@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import ClassVar, Final
 
 from pvirq.hardware.device import Board, Declaration, Driver
@@ -67,6 +68,8 @@ class HostController:
 class UsbDriver(Driver):
     """The controller's driver, uhci_hcd or ehci_hcd. `on_event` is told of its status bits, in the bottom half."""
 
+    uses = {"plug": "plug a device in, or out", "transfer": "one transfer of the plugged device"}
+
     def __init__(self, board: Board, name: str, module: str, controller: HostController, gsi: int) -> None:
         super().__init__(board, name)
         self.module = module
@@ -83,6 +86,14 @@ class UsbDriver(Driver):
     def remove(self) -> None:
         self.controller.write_enable(0)
         super().remove()
+
+    def _use(self, action: str, rng: Random) -> None:
+        if action == "transfer":
+            self.controller.transfer()
+        elif self.controller.plugged:
+            self.controller.unplug()
+        else:
+            self.controller.plug()
 
     def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         """uhci_irq, ehci_irq: clear what is set, so that the line falls; nothing set: another device's interrupt."""
@@ -101,6 +112,7 @@ class UhciDeclaration(Declaration):
     """A USB 1.1 controller, uhci_hcd:NAME, on a shared level line."""
 
     gsi: int = 16
+    driver: ClassVar[type[Driver]] = UsbDriver
     module: ClassVar[str] = "uhci_hcd"
 
     def make(self, board: Board) -> UsbDriver:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from random import Random
+from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, HardwareError
+from pvirq.hardware.device import Board, Driver, HardwareError
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqReturn
 from pvirq.xen.msi import PciDevice
@@ -63,9 +64,10 @@ class VirtioBlk:
 
 
 class VirtioBlkDriver(BlockDriver):
-    """The driver: a request goes into the queue of the CPU that makes it, and its message comes there."""
+    """The driver: a request goes into the queue of the CPU that makes it, whose message tells of its end."""
 
     module = "virtio_blk"
+    uses = {**BlockDriver.uses, "config": "the host changes the configuration"}
 
     def __init__(self, board: Board, name: str, device: VirtioBlk) -> None:
         super().__init__(board, name, device.medium, QUEUE_SIZE)
@@ -103,6 +105,12 @@ class VirtioBlkDriver(BlockDriver):
         self.config_changes += 1
         return IRQ_HANDLED
 
+    def _use(self, action: str, rng: Random) -> None:
+        if action == "config":
+            self.device.change_config()
+        else:
+            super()._use(action, rng)
+
     def _timed_out(self, command: Command) -> None:
         """virtio-blk waits on; its host is to be trusted."""
 
@@ -116,6 +124,7 @@ class VirtioBlkDeclaration(DiskDeclaration):
     command_ns: int = 50_000
     seek_ns: int = 0
     bytes_per_s: int = 1_000_000_000
+    driver: ClassVar[type[Driver]] = VirtioBlkDriver
 
     def make(self, board: Board) -> VirtioBlkDriver:
         if not 0 <= self.queues <= 64:
