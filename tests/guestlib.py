@@ -30,13 +30,14 @@ _RAW = ("-DRAW", "-DBASE=0", "-Wl,--defsym=BASE=0", "-mcmodel=small")
 
 
 class Kernel(NamedTuple):
-    """One run: the kernel's name for `build`, its command line, the file with the expected transcript, and how
-    many vCPUs it wants."""
+    """One run: the kernel's name for `build`, its command line, the file with the expected transcript, how many vCPUs
+    it wants, and whether it must be domain 0."""
 
     name: str
     cmdline: str
     golden: Path
     vcpus: int = 1
+    dom0: bool = False
 
     @property
     def id(self) -> str:
@@ -64,6 +65,7 @@ KERNELS: list[Kernel] = [
     _run("raw"),
     _run("pointers"),
     _run("smp")._replace(vcpus=2),
+    *(_run("physdev", f"eoi={n}", f"physdev-{n}")._replace(dom0=True) for n in (1, 2)),
     *(_run("fuzz", f"seed={seed} calls=3000", f"fuzz-{seed}") for seed in (1, 2, 3)),
     *(_run("crash", f"which={n}", f"crash-{n}") for n in range(10)),
 ]

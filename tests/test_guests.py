@@ -25,7 +25,7 @@ DEPARTURES = {
 
 
 def expected(kernel: guestlib.Kernel) -> list[str]:
-    lines = guestlib.expected(kernel)
+    lines = guestlib.expected(kernel, dom0=kernel.dom0)
     for (name, xen), here in DEPARTURES.items():
         if name == kernel.name:
             at = next(i for i, line in enumerate(lines) if line.startswith(xen))
@@ -35,7 +35,7 @@ def expected(kernel: guestlib.Kernel) -> list[str]:
 
 @pytest.mark.parametrize("kernel", guestlib.KERNELS, ids=lambda kernel: kernel.id)
 def test_transcript_equals_real_xen(kernel: guestlib.Kernel) -> None:
-    with Host(wallclock=1.7e9) as host:
+    with Host(wallclock=1.7e9, dom0=not kernel.dom0) as host:
         guest = host.boot(guestlib.build(kernel.name), append=kernel.cmdline, memory=64 << 20, vcpus=kernel.vcpus)
         ended = host.run(lambda: guest.ended, timeout_ns=60_000_000_000)
         assert guestlib.transcript(guest.console.text()) == expected(kernel)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pvirq.xen.grant import GrantTable
     from pvirq.xen.ioapic import IoApic
     from pvirq.xen.irq import Irqs
+    from pvirq.xen.msi import PciDevice
 
 
 class Vcpu:
@@ -250,6 +251,11 @@ class Hypervisor:
         """The I/O APIC, whose `line(gsi)` devices assert."""
         return self.irqs.ioapic
 
+    @property
+    def pci(self) -> dict[int, PciDevice]:
+        """The PCI devices that domain 0 has told of, by sbdf."""
+        return self.irqs.pci
+
     def create_domain(
         self,
         domid: int | None = None,
@@ -305,6 +311,7 @@ class Hypervisor:
             if timer is not None:
                 timer.cancel()
         domain.evtchn.destroy()
+        domain.pirqs.destroy()
         if domain.grant_table is not None:
             domain.grant_table.maptrack.release_all()
         for mfn, (references, writable) in list(domain.foreign.items()):

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pvirq.abi.errno import Errno, XenError
 from pvirq.xen.irq import (
     FIRST_HIPRIORITY_VECTOR,
     IRQ0_VECTOR,
     IRQ_DISABLED,
+    IRQ_GUEST,
     IRQ_PENDING,
+    NO_IRQ_TYPE,
     NR_IRQS_GSI,
     NR_ISA_IRQS,
+    VECTOR_UNASSIGNED,
     IrqDesc,
     IrqHandler,
     Irqs,
@@ -30,7 +34,7 @@ TIMER_PIN: Final = 2
 SERIAL_IRQ: Final = 4
 # Lines of the ISA range that the firmware says are level-triggered: the SCI and the PCI ones.
 LEVEL_ISA_IRQS: Final = frozenset((5, 9, 10, 11))
-SCI_IRQ: Final = 9
+VERSION: Final = 0x20
 
 DELIVERY_LOWEST_PRIORITY: Final = 1
 
@@ -85,9 +89,12 @@ class Line:
 
 class RouteEntry:
     """A pin's redirection table entry (struct IO_APIC_route_entry): `trigger` 1 for level, `polarity` 1 for active
-    low, `irr` the remote IRR of a level that awaits its EOI, `dest` the bitmap of CPUs."""
+    low, `dest` the bitmap of CPUs, `irr` the vector by which a level was sent that awaits its EOI, else 0 (the chip has
+    one bit, and takes the EOI of the vector in the entry; where Xen has changed that, it EOIs the pin itself)."""
 
-    __slots__ = ("delivery_mode", "dest", "dest_mode", "irr", "line", "mask", "pin", "polarity", "trigger", "vector")
+    __slots__ = (
+        "delivery_mode", "dest", "dest_mode", "irr", "line", "mask", "pin", "polarity", "reserved", "trigger", "vector",
+    )  # fmt: skip
 
     def __init__(self, pin: int, line: Line) -> None:
         self.pin = pin
@@ -100,13 +107,14 @@ class RouteEntry:
         self.trigger = 0
         self.mask = 1
         self.dest = 0
+        self.reserved = 0  # bits 17 to 31, which hold what was written
 
     @property
     def low(self) -> int:
         """The first half as a register."""
         return (
-            self.vector | self.delivery_mode << 8 | self.dest_mode << 11 | self.polarity << 13 | self.irr << 14
-            | self.trigger << 15 | self.mask << 16
+            self.vector | self.delivery_mode << 8 | self.dest_mode << 11 | self.polarity << 13 | bool(self.irr) << 14
+            | self.trigger << 15 | self.mask << 16 | self.reserved << 17
         )  # fmt: skip
 
     @property
@@ -198,6 +206,7 @@ class IoApic:
             trigger = int(irq in LEVEL_ISA_IRQS)
             desc.handler = self.level if trigger else self.edge
             self._write(self.rtes[self._pins[irq]], desc, trigger, polarity=0, mask=trigger)
+        irqs.setup(2, XenAction("cascade", "arch/x86/i8259.c#no_action"))
         irqs.setup(0, XenAction("timer", "arch/x86/time.c#timer_interrupt"))
         irqs.setup(SERIAL_IRQ, XenAction("ns16550", "drivers/char/ns16550.c#ns16550_interrupt"))
 
@@ -226,14 +235,14 @@ class IoApic:
         if rte.trigger:
             if rte.irr:
                 return
-            rte.irr = 1
+            rte.irr = rte.vector
         rte.line.sent += 1
         self.irqs.apics.request(rte.dest, rte.vector)
 
     def _eoi(self, vector: int) -> None:
         """A CPU has EOI'd `vector`: a level that is still asserted interrupts again at once."""
         for rte in self.rtes:
-            if rte.irr and rte.vector == vector:
+            if rte.irr == vector:
                 rte.irr = 0
                 if not rte.mask and rte.line.asserted:
                     self.send(rte)
@@ -248,7 +257,9 @@ class IoApic:
         if was and not mask and rte.trigger and rte.line.asserted:
             self.send(rte)
 
-    def _write(self, rte: RouteEntry, desc: IrqDesc, trigger: int, polarity: int, mask: int) -> None:
+    def _write(
+        self, rte: RouteEntry, desc: IrqDesc, trigger: int, polarity: int, mask: int, reserved: int = 0
+    ) -> None:  # fmt: skip
         """A new entry for an interrupt; that of an edge forgets the remote IRR."""
         rte.vector = desc.vector
         rte.delivery_mode = DELIVERY_LOWEST_PRIORITY
@@ -256,7 +267,89 @@ class IoApic:
         rte.trigger = trigger
         rte.polarity = polarity
         rte.dest = desc.cpu_mask
+        rte.reserved = reserved
         if not trigger:
             rte.irr = 0
         rte.mask = 1
         self._set_mask(rte, mask)
+
+    # -- what domain 0 may do ------------------------------------------------------------------------------------------
+
+    def guest_read(self, base: int, register: int) -> int:
+        """ioapic_guest_read. EINVAL: no I/O APIC there."""
+        self._check_base(base)
+        pin, half = divmod(register - 0x10, 2)
+        if 0 <= pin < NR_IRQS_GSI:
+            return self.rtes[pin].high if half else self.rtes[pin].low
+        return VERSION | (NR_IRQS_GSI - 1) << 16 if register == 1 else 0
+
+    def guest_write(self, base: int, register: int, value: int) -> None:
+        """Domain 0 sets a pin up; all it can choose is the trigger, the polarity and its pirq (ioapic_guest_write).
+
+        Its "vector" is the pirq that the line becomes, unless the entry is masked. The mask bit itself isn't taken: an
+        edge is unmasked, a level masked until it is bound. A line in use stays as it is. Raises EINVAL; what mapping
+        the pirq refuses with. (Xen 4.17 reads beyond its table for a pin that the chip has not: EINVAL here.)
+        """
+        self._check_base(base)
+        if register < 0x10 or register & 1:
+            return
+        pin = (register - 0x10) >> 1
+        if (value >> 8 & 7) > DELIVERY_LOWEST_PRIORITY:
+            self.irqs.log.append("ERROR: Attempt to write weird IOAPIC destination mode!")
+            self.irqs.log.append(f"       APIC=0/{pin}, lo-reg={value:x}")
+            raise XenError(Errno.EINVAL, "delivery mode")
+        if pin >= NR_IRQS_GSI:
+            raise XenError(Errno.EINVAL, f"no pin {pin}")
+        dom0 = self.hypervisor.domains[0]
+        desc = self.irqs.desc(self.pin_to_irq(pin))
+        masked = value >> 16 & 1
+        pirq = value & 0xFF
+        if not masked and pirq >= dom0.pirqs.nr_pirqs:
+            raise XenError(Errno.EINVAL, f"no pirq {pirq}")
+        if desc.action is not None:
+            self._warn_in_use(pin, desc, value, -1 if masked else pirq)
+            return
+        if desc.vector == VECTOR_UNASSIGNED:
+            self.irqs.assign_vector(desc)
+            self._pins[desc.irq] = pin
+            self.irqs.log.append(f"allocated vector {desc.vector:02x} for irq {desc.irq}")
+        if not masked:
+            dom0.pirqs.map(dom0, pirq, desc.irq)
+        trigger = value >> 15 & 1
+        desc.handler = self.level if trigger else self.edge
+        self._write(self.rtes[pin], desc, trigger, value >> 13 & 1, trigger, value >> 17)
+
+    def _warn_in_use(self, pin: int, desc: IrqDesc, value: int, pirq: int) -> None:
+        old = self.rtes[pin].low
+        new = value & ~0xFFF | desc.vector & 0xFF | DELIVERY_LOWEST_PRIORITY << 8 | 1 << 11
+        if new != old:
+            self.irqs.log += (
+                f"IO-APIC: apic=0, pin={pin}, irq={desc.irq}",
+                f"IO-APIC: new_entry={new:08x}",
+                f"IO-APIC: old_entry={old:08x} pirq={pirq}",
+                "IO-APIC: Attempt to modify IO-APIC pin for in-use IRQ!",
+            )
+
+    def register_gsi(self, gsi: int, triggering: int, polarity: int) -> None:
+        """Set a line up, once, while nobody uses it (mp_register_gsi, io_apic_set_pci_routing). EEXIST, ENOSPC.
+
+        The line is masked until it is bound.
+        """
+        desc = self.irqs.desc(gsi)
+        if not desc.status & IRQ_DISABLED and desc.handler is not NO_IRQ_TYPE:
+            raise XenError(Errno.EEXIST, f"GSI {gsi} is in use")
+        if gsi in self._programmed:
+            raise XenError(Errno.EEXIST, f"GSI {gsi} was set up before")
+        self._programmed.add(gsi)
+        if gsi >= NR_ISA_IRQS:
+            self._pins[gsi] = gsi
+        self.irqs.assign_vector(desc)
+        desc.handler = self.level if triggering == 1 else self.edge
+        self._write(self.rtes[gsi], desc, triggering & 1, polarity & 1, mask=1)
+        if not desc.status & (IRQ_DISABLED | IRQ_GUEST):
+            desc.handler.startup(desc)
+
+    @staticmethod
+    def _check_base(base: int) -> None:
+        if base != IOAPIC_BASE:
+            raise XenError(Errno.EINVAL, f"no I/O APIC at {base:#x}")

@@ -15,7 +15,7 @@ from pvirq.xen.timer import Timer
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor
     from pvirq.xen.irq_guest import GuestAction
-    from pvirq.xen.msi import MsiDesc
+    from pvirq.xen.msi import MsiDesc, PciDevice
 
 # IrqDesc.status
 IRQ_INPROGRESS: Final = 1 << 0
@@ -133,8 +133,13 @@ class Irqs:
         self._current_offset = 0
         self._limited: list[IrqDesc] = []
         self._limit_timer: Timer | None = None
-        from pvirq.xen.ioapic import IoApic  # it needs the names above
+        self.bus: dict[int, PciDevice] = {}  # what is there, by sbdf
+        self.pci: dict[int, PciDevice] = {}  # what Xen was told of
+        from pvirq.xen.ioapic import IoApic  # these need the names above
+        from pvirq.xen.msi import MaskableHandler, NonmaskableHandler
 
+        self.msi_maskable = MaskableHandler(self)
+        self.msi_nonmaskable = NonmaskableHandler(self)
         self.ioapic = IoApic(hypervisor, self)
 
     def desc(self, irq: int) -> IrqDesc:

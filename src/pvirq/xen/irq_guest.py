@@ -205,7 +205,8 @@ def _refused(irqs: Irqs, message: str) -> XenError:
 def unbind(irqs: Irqs, domain: Domain, pirq: Pirq, desc: IrqDesc) -> None:
     """Take a domain off an interrupt; the last one shuts it down (__pirq_guest_unbind)."""
     action = desc.guest_action
-    assert action is not None, "a pirq that is bound has a line that is"
+    if action is None:
+        return  # its device was removed
     action.guests = [entry for entry in action.guests if entry[0] is not domain]
     if pirq.masked:
         pirq.masked = False

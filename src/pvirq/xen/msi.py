@@ -5,24 +5,264 @@ A device's driver in domain 0 maps a message to a pirq (PHYSDEVOP_map_pirq) and 
 
 from __future__ import annotations
 
-from pvirq.xen.domain import Hypervisor
+from typing import TYPE_CHECKING, Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.xen.irq import IRQ_GUEST, NO_IRQ_TYPE, IrqDesc, IrqHandler, Irqs
+from pvirq.xen.lapic import LocalApic
+
+if TYPE_CHECKING:
+    from pvirq.xen.domain import Domain, Hypervisor
+
+MAX_MSI_IRQS: Final = 32
 
 
 class MsiDesc:
-    """struct msi_desc"""
+    """One message of a device that is in use (struct msi_desc): where it goes, who masks it, whether one waits.
 
-    maskable = True
+    `nvec` is, in the first of several MSIs, their number. A device without mask bits is never masked.
+    """
+
+    __slots__ = (
+        "dest", "device", "entry_nr", "guest_masked", "host_masked", "irq", "maskable", "msix", "nvec", "pending",
+        "vector",
+    )  # fmt: skip
+
+    def __init__(self, device: PciDevice, entry_nr: int, irq: int, nvec: int) -> None:
+        self.device = device
+        self.entry_nr = entry_nr
+        self.irq = irq
+        self.nvec = nvec
+        self.msix = device.msix
+        self.maskable = device.msix or device.maskable
+        self.host_masked = self.maskable
+        self.guest_masked = device.msix
+        self.pending = False
+        self.dest = 0
+        self.vector = 0
+
+    @property
+    def masked(self) -> bool:
+        return self.host_masked or self.guest_masked
 
 
 class PciDevice:
-    """A PCI function: `sbdf` (segment, bus, device and function, as in Xen), `vectors` it can raise, MSI-X or MSI."""
+    """A PCI function: `sbdf` (segment, bus, device and function, as in Xen), `vectors` it can raise, MSI-X or MSI.
 
-    def __init__(self, hypervisor: Hypervisor, sbdf: int, *, vectors: int = 1, msix: bool = False) -> None:
+    `maskable`: its MSIs have mask bits, as most devices' have not; those of MSI-X always do. With no `vectors` it has
+    no messages at all. `owner` is the domain that it belongs to, once domain 0 has told Xen of it. `sent` counts the
+    messages that it wrote, `held` those that waited for the mask bit to go; one that waits stands for all that follow.
+    """
+
+    def __init__(
+        self, hypervisor: Hypervisor, sbdf: int, *, vectors: int = 1, msix: bool = False, maskable: bool = False
+    ) -> None:
         self.hypervisor = hypervisor
         self.sbdf = sbdf
         self.vectors = vectors
         self.msix = msix
+        self.maskable = maskable
+        self.owner: Domain | None = None
+        self.msix_reserved = 0  # PHYSDEVOP_prepare_msix holds the table
+        self.descs: dict[int, MsiDesc] = {}
+        self.sent = 0
+        self.held = 0
+        hypervisor.irqs.bus[sbdf] = self
 
     def raise_msi(self, entry: int = 0) -> bool:
         """The device writes message `entry`. False: it is not enabled, or masked at the device, so nothing is sent."""
-        raise NotImplementedError
+        desc = self.descs.get(entry)
+        if desc is None:
+            return False
+        if desc.maskable and desc.masked:
+            if not desc.pending:
+                desc.pending = True
+                self.held += 1
+            return False
+        self._send(desc)
+        return True
+
+    def _send(self, desc: MsiDesc) -> None:
+        self.sent += 1
+        self.hypervisor.irqs.apics.request(desc.dest, desc.vector)
+
+    def set_mask(self, desc: MsiDesc, host: bool, guest: bool) -> None:
+        """msi_set_mask_bit; what waits goes out at unmask."""
+        if not desc.maskable:
+            return
+        desc.host_masked, desc.guest_masked = host, guest
+        if desc.pending and not desc.masked:
+            desc.pending = False
+            self._send(desc)
+
+
+class MaskableHandler(IrqHandler):
+    typename = "PCI-MSI/-X"
+
+    def __init__(self, irqs: Irqs) -> None:
+        self.irqs = irqs
+
+    def _mask(self, desc: IrqDesc, host: bool) -> None:
+        msi = desc.msi_desc
+        assert msi is not None
+        msi.device.set_mask(msi, host, msi.guest_masked)
+
+    def startup(self, desc: IrqDesc) -> None:
+        """A guest's stays masked until its port is set up (guest_unmask_msi)."""
+        msi = desc.msi_desc
+        assert msi is not None
+        msi.device.set_mask(msi, False, bool(desc.status & IRQ_GUEST))
+
+    def shutdown(self, desc: IrqDesc) -> None:
+        msi = desc.msi_desc
+        if msi is not None:
+            msi.device.set_mask(msi, True, True)
+
+    def enable(self, desc: IrqDesc) -> None:
+        self._mask(desc, False)
+
+    def disable(self, desc: IrqDesc) -> None:
+        self._mask(desc, True)
+
+    def ack(self, desc: IrqDesc, apic: LocalApic) -> None:
+        self.irqs.move_native(desc)
+        self.irqs.apics.eoi(apic)
+
+    def set_affinity(self, desc: IrqDesc, cpus: int) -> None:
+        """set_msi_affinity"""
+        dest = self.irqs.set_desc_affinity(desc, cpus)
+        if dest and desc.msi_desc is not None:
+            desc.msi_desc.dest = dest
+            desc.msi_desc.vector = desc.vector
+
+
+class NonmaskableHandler(MaskableHandler):
+    """Nothing can hold it back but the EOI that the guest owes."""
+
+    typename = "PCI-MSI"
+    has_end = True
+
+    def startup(self, desc: IrqDesc) -> None: ...
+
+    def shutdown(self, desc: IrqDesc) -> None: ...
+
+    def enable(self, desc: IrqDesc) -> None: ...
+
+    def disable(self, desc: IrqDesc) -> None: ...
+
+    def ack(self, desc: IrqDesc, apic: LocalApic) -> None:
+        self.irqs.move_native(desc)
+
+    def end(self, desc: IrqDesc, apic: LocalApic) -> None:
+        self.irqs.apics.eoi(apic)
+
+
+class MsiInfo:
+    """What a caller of map_pirq says of its message (struct msi_info); `table_base` not 0 for MSI-X."""
+
+    __slots__ = ("entry_nr", "sbdf", "table_base")
+
+    def __init__(self, sbdf: int, entry_nr: int = 0, table_base: int = 0) -> None:
+        self.sbdf = sbdf
+        self.entry_nr = entry_nr
+        self.table_base = table_base
+
+
+def pci_enable_msi(irqs: Irqs, info: MsiInfo, irq: int) -> list[MsiDesc]:
+    """Take a device's message, or its first `entry_nr` MSIs, for `irq` (pci_enable_msi); their descriptors.
+
+    Raises ENODEV (no such device or capability), EINVAL (entry), EEXIST (entry is in use); ENFILE for more MSIs than
+    it has, with that number in `info.entry_nr`.
+    """
+    device = irqs.pci.get(info.sbdf)
+    wanted = bool(info.table_base)
+    if device is None or not device.vectors or device.msix != wanted:
+        raise XenError(Errno.ENODEV, f"no such messages of device {info.sbdf:#x}")
+    if wanted:
+        if info.entry_nr >= device.vectors:
+            raise XenError(Errno.EINVAL, f"device {info.sbdf:#x} has no message {info.entry_nr}")
+        if info.entry_nr in device.descs:
+            raise XenError(Errno.EEXIST, f"message {info.entry_nr} of device {info.sbdf:#x} is in use")
+        descs = [MsiDesc(device, info.entry_nr, irq, 1)]
+    else:
+        if info.entry_nr > device.vectors:
+            info.entry_nr = device.vectors
+            raise XenError(Errno.ENFILE, f"device {info.sbdf:#x} has {device.vectors} messages")
+        if device.descs:
+            raise XenError(Errno.EEXIST, f"the messages of device {info.sbdf:#x} are in use")
+        descs = [MsiDesc(device, i, irq, info.entry_nr if i == 0 else 0) for i in range(info.entry_nr)]
+    device.descs.update((desc.entry_nr, desc) for desc in descs)
+    return descs
+
+
+def pci_disable_msi(descs: list[MsiDesc]) -> None:
+    """The device raises these no more."""
+    for desc in descs:
+        desc.device.descs.pop(desc.entry_nr, None)
+
+
+def setup_msi_irq(irqs: Irqs, desc: IrqDesc, msi: MsiDesc) -> None:
+    """Write the message: from now on the device can raise it, unless it is masked (setup_msi_irq)."""
+    desc.msi_desc = msi
+    desc.handler = irqs.msi_maskable if msi.maskable else irqs.msi_nonmaskable
+    msi.irq = desc.irq
+    msi.vector = desc.vector
+    msi.dest = desc.cpu_mask
+
+
+def guest_unmask_msi(desc: IrqDesc) -> None:
+    """The guest has bound it (arch_evtchn_bind_pirq)."""
+    msi = desc.msi_desc
+    if msi is not None:
+        msi.device.set_mask(msi, msi.host_masked, False)
+
+
+# -- the devices that Xen knows of -------------------------------------------------------------------------------------
+
+
+def pci_add_device(hypervisor: Hypervisor, sbdf: int) -> PciDevice:
+    """Domain 0 has found a device (pci_add_device): it is domain 0's now, unless somebody has it. Xen believes it that
+    there is one; a device that isn't on the bus has no messages."""
+    irqs = hypervisor.irqs
+    device = irqs.bus.get(sbdf)
+    if device is None:
+        device = PciDevice(hypervisor, sbdf, vectors=0)
+    irqs.pci[sbdf] = device
+    if device.owner is None:
+        device.owner = hypervisor.domains.get(0)
+    irqs.log.append(f"PCI add device {name(sbdf)}")
+    return device
+
+
+def pci_remove_device(hypervisor: Hypervisor, sbdf: int) -> None:
+    """pci_remove_device: its messages are gone with it. ENODEV."""
+    irqs = hypervisor.irqs
+    device = irqs.pci.pop(sbdf, None)
+    if device is None:
+        raise XenError(Errno.ENODEV, f"no device {name(sbdf)}")
+    for msi in list(device.descs.values()):
+        pci_disable_msi([msi])
+        if irqs.desc(msi.irq).handler is not NO_IRQ_TYPE:
+            irqs.destroy(msi.irq)
+    device.owner = None
+    if not device.vectors:
+        del irqs.bus[sbdf]
+    irqs.log.append(f"PCI remove device {name(sbdf)}")
+
+
+def assign_device(hypervisor: Hypervisor, sbdf: int, domain: Domain) -> None:
+    """Give a device to a domain (XEN_DOMCTL_assign_device and deassign). ENODEV."""
+    device = hypervisor.irqs.pci.get(sbdf)
+    if device is None:
+        raise XenError(Errno.ENODEV, f"no device {name(sbdf)}")
+    device.owner = domain
+
+
+def sbdf_of(segment: int, bus: int, devfn: int) -> int:
+    """PCI_SBDF"""
+    return (segment & 0xFFFF) << 16 | (bus & 0xFF) << 8 | devfn & 0xFF
+
+
+def name(sbdf: int) -> str:
+    """As Xen prints it (%pp)."""
+    return f"{sbdf >> 16:04x}:{sbdf >> 8 & 0xFF:02x}:{sbdf >> 3 & 0x1F:02x}.{sbdf & 7}"

@@ -1,102 +1,208 @@
-"""physdev_op for a guest without physical devices (xen/arch/x86/physdev.c)."""
+"""physdev_op: I/O privilege, which is the vCPU's, and physical interrupts (xen/arch/x86/physdev.c) by `xen.physdev`."""
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from pvirq.abi.errno import Errno
+from pvirq.abi import physdev as abi
+from pvirq.abi.errno import Errno, XenError
 from pvirq.pv.addresses import addr_ok
 from pvirq.pv.hypercalls.protocol import int32
+from pvirq.xen import physdev
+from pvirq.xen.msi import MsiInfo, sbdf_of
 
 if TYPE_CHECKING:
     from pvirq.pv.vcpu import PvVcpu
 
-PHYSDEVOP_IRQ_UNMASK_NOTIFY: Final = 4
-PHYSDEVOP_irq_status_query: Final = 5
-PHYSDEVOP_set_iopl: Final = 6
-PHYSDEVOP_set_iobitmap: Final = 7
-PHYSDEVOP_apic_read: Final = 8
-PHYSDEVOP_apic_write: Final = 9
-PHYSDEVOP_alloc_irq_vector: Final = 10
-PHYSDEVOP_eoi: Final = 12
-PHYSDEVOP_map_pirq: Final = 13
-PHYSDEVOP_unmap_pirq: Final = 14
-PHYSDEVOP_manage_pci_add: Final = 15
-PHYSDEVOP_manage_pci_remove: Final = 16
-PHYSDEVOP_pirq_eoi_gmfn_v1: Final = 17
-PHYSDEVOP_restore_msi: Final = 19
-PHYSDEVOP_manage_pci_add_ext: Final = 20
-PHYSDEVOP_setup_gsi: Final = 21
-PHYSDEVOP_get_free_pirq: Final = 23
-PHYSDEVOP_pci_mmcfg_reserved: Final = 24
-PHYSDEVOP_pci_device_add: Final = 25
-PHYSDEVOP_pci_device_remove: Final = 26
-PHYSDEVOP_restore_msi_ext: Final = 27
-PHYSDEVOP_pirq_eoi_gmfn_v2: Final = 28
-PHYSDEVOP_dbgp_op: Final = 29
-PHYSDEVOP_prepare_msix: Final = 30
-PHYSDEVOP_release_msix: Final = 31
-
-# For a privileged domain only; the second number is how many bytes Xen reads first.
-_PRIVILEGED: Final = {
-    PHYSDEVOP_apic_read: 16, PHYSDEVOP_apic_write: 16, PHYSDEVOP_alloc_irq_vector: 8,
-    PHYSDEVOP_manage_pci_add: 2, PHYSDEVOP_manage_pci_remove: 2, PHYSDEVOP_manage_pci_add_ext: 8,
-    PHYSDEVOP_setup_gsi: 8, PHYSDEVOP_pci_mmcfg_reserved: 24,
-    PHYSDEVOP_pci_device_add: 16, PHYSDEVOP_pci_device_remove: 4,
-    PHYSDEVOP_prepare_msix: 4, PHYSDEVOP_release_msix: 4, PHYSDEVOP_dbgp_op: 8,
-}  # fmt: skip
-NR_PIRQS_DOMU: Final = 256
 MAX_IO_PORTS: Final = 65536
-XENIRQSTAT_needs_eoi: Final = 1
+
+
+def _set_iopl(cpu: PvVcpu, argument: int) -> None:
+    (iopl,) = abi.PHYSDEV_SET_IOPL.unpack(cpu.read(argument, abi.PHYSDEV_SET_IOPL.size))
+    if iopl > 3:
+        raise XenError(Errno.EINVAL, f"I/O privilege level {iopl}")
+    cpu.iopl = iopl << 12
+
+
+def _set_iobitmap(cpu: PvVcpu, argument: int) -> None:
+    bitmap, ports = abi.PHYSDEV_SET_IOBITMAP.unpack(cpu.read(argument, abi.PHYSDEV_SET_IOBITMAP.size))
+    if ports > MAX_IO_PORTS or not addr_ok(bitmap):
+        raise XenError(Errno.EINVAL, f"bitmap of {ports} ports at {bitmap:#x}")
+    cpu.io_bitmap = (bitmap, ports)
+
+
+def _eoi(cpu: PvVcpu, argument: int) -> None:
+    (irq,) = abi.PHYSDEV_EOI.unpack(cpu.read(argument, abi.PHYSDEV_EOI.size))
+    physdev.eoi(cpu.domain, irq)
+
+
+def _irq_unmask_notify(cpu: PvVcpu, argument: int) -> None:
+    physdev.irq_unmask_notify(cpu.domain)
+
+
+def _pirq_eoi_gmfn(version: int) -> Callable[[PvVcpu, int], None]:
+    def operation(cpu: PvVcpu, argument: int) -> None:
+        (gmfn,) = abi.PHYSDEV_PIRQ_EOI_GMFN.unpack(cpu.read(argument, abi.PHYSDEV_PIRQ_EOI_GMFN.size))
+        physdev.pirq_eoi_gmfn(cpu.domain, gmfn, version)
+
+    return operation
+
+
+def _irq_status_query(cpu: PvVcpu, argument: int) -> None:
+    irq, _ = abi.PHYSDEV_IRQ_STATUS_QUERY.unpack(cpu.read(argument, abi.PHYSDEV_IRQ_STATUS_QUERY.size))
+    flags = physdev.irq_status_query(cpu.domain, irq)
+    cpu.write(argument, abi.PHYSDEV_IRQ_STATUS_QUERY.pack(irq, flags))
+
+
+def _map_pirq(cpu: PvVcpu, argument: int) -> None:
+    """What was asked for goes back even where it is refused, with the type that Xen knows for it."""
+    domid, pad, kind, index, pirq, bus, devfn, entry_nr, pad2, table_base = abi.PHYSDEV_MAP_PIRQ.unpack(
+        cpu.read(argument, abi.PHYSDEV_MAP_PIRQ.size)
+    )
+    segment = bus >> 16 if kind in (abi.MAP_PIRQ_TYPE_MSI_SEG, abi.MAP_PIRQ_TYPE_MULTI_MSI) else 0
+    info = MsiInfo(sbdf_of(segment, bus, devfn), entry_nr, table_base)
+    if kind == abi.MAP_PIRQ_TYPE_MSI_SEG:
+        kind = abi.MAP_PIRQ_TYPE_MSI
+    if kind == abi.MAP_PIRQ_TYPE_MULTI_MSI and table_base:
+        raise XenError(Errno.EINVAL, "several messages of MSI-X")
+    try:
+        pirq = physdev.map_pirq(cpu.domain, domid, kind, index, pirq, info)
+    finally:
+        if kind == abi.MAP_PIRQ_TYPE_MULTI_MSI:
+            entry_nr = info.entry_nr
+        packed = abi.PHYSDEV_MAP_PIRQ.pack(domid, pad, kind, index, pirq, bus, devfn, entry_nr, pad2, table_base)
+        cpu.write(argument, packed)
+
+
+def _unmap_pirq(cpu: PvVcpu, argument: int) -> None:
+    domid, pirq = abi.PHYSDEV_UNMAP_PIRQ.unpack(cpu.read(argument, abi.PHYSDEV_UNMAP_PIRQ.size))
+    physdev.unmap_pirq(cpu.domain, domid, pirq)
+
+
+def _get_free_pirq(cpu: PvVcpu, argument: int) -> None:
+    kind, _ = abi.PHYSDEV_GET_FREE_PIRQ.unpack(cpu.read(argument, abi.PHYSDEV_GET_FREE_PIRQ.size))
+    pirq = physdev.get_free_pirq(cpu.domain, kind)
+    cpu.write(argument, abi.PHYSDEV_GET_FREE_PIRQ.pack(kind, pirq))
+
+
+def _apic_read(cpu: PvVcpu, argument: int) -> None:
+    base, register, value = abi.PHYSDEV_APIC.unpack(cpu.read(argument, abi.PHYSDEV_APIC.size))
+    value = physdev.apic_read(cpu.domain, base, register)
+    cpu.write(argument, abi.PHYSDEV_APIC.pack(base, register, value))
+
+
+def _apic_write(cpu: PvVcpu, argument: int) -> None:
+    base, register, value = abi.PHYSDEV_APIC.unpack(cpu.read(argument, abi.PHYSDEV_APIC.size))
+    physdev.apic_write(cpu.domain, base, register, value)
+
+
+def _alloc_irq_vector(cpu: PvVcpu, argument: int) -> None:
+    irq, _ = abi.PHYSDEV_IRQ.unpack(cpu.read(argument, abi.PHYSDEV_IRQ.size))
+    cpu.write(argument, abi.PHYSDEV_IRQ.pack(irq, physdev.alloc_irq_vector(cpu.domain, irq)))
+
+
+def _setup_gsi(cpu: PvVcpu, argument: int) -> None:
+    gsi, triggering, polarity = abi.PHYSDEV_SETUP_GSI.unpack(cpu.read(argument, abi.PHYSDEV_SETUP_GSI.size))
+    physdev.setup_gsi(cpu.domain, gsi, triggering, polarity)
+
+
+def _manage_pci_add(cpu: PvVcpu, argument: int) -> None:
+    bus, devfn = abi.PHYSDEV_MANAGE_PCI.unpack(cpu.read(argument, abi.PHYSDEV_MANAGE_PCI.size))
+    physdev.pci_device_add(cpu.domain, sbdf_of(0, bus, devfn))
+
+
+def _manage_pci_remove(cpu: PvVcpu, argument: int) -> None:
+    bus, devfn = abi.PHYSDEV_MANAGE_PCI.unpack(cpu.read(argument, abi.PHYSDEV_MANAGE_PCI.size))
+    physdev.pci_device_remove(cpu.domain, sbdf_of(0, bus, devfn))
+
+
+def _manage_pci_add_ext(cpu: PvVcpu, argument: int) -> None:
+    bus, devfn, is_extfn, is_virtfn, _, _ = abi.PHYSDEV_MANAGE_PCI_EXT.unpack(
+        cpu.read(argument, abi.PHYSDEV_MANAGE_PCI_EXT.size)
+    )
+    if is_extfn > 1 or is_virtfn > 1:
+        raise XenError(Errno.EINVAL, f"extended {is_extfn}, virtual {is_virtfn}")
+    physdev.pci_device_add(cpu.domain, sbdf_of(0, bus, devfn))
+
+
+def _pci_device_add(cpu: PvVcpu, argument: int) -> None:
+    segment, bus, devfn, flags, _, _ = abi.PHYSDEV_PCI_DEVICE_ADD.unpack(
+        cpu.read(argument, abi.PHYSDEV_PCI_DEVICE_ADD.size)
+    )
+    if flags & abi.XEN_PCI_DEV_PXM:
+        cpu.read(argument + abi.PHYSDEV_PCI_DEVICE_ADD.size, 4)  # the node, which makes no difference here
+    physdev.pci_device_add(cpu.domain, sbdf_of(segment, bus, devfn))
+
+
+def _pci_device(operation: Callable[..., None], *arguments: object) -> Callable[[PvVcpu, int], None]:
+    """An operation whose argument is a device with its segment."""
+
+    def handler(cpu: PvVcpu, argument: int) -> None:
+        segment, bus, devfn = abi.PHYSDEV_PCI_DEVICE.unpack(cpu.read(argument, abi.PHYSDEV_PCI_DEVICE.size))
+        operation(cpu.domain, sbdf_of(segment, bus, devfn), *arguments)
+
+    return handler
+
+
+def _restore_msi(cpu: PvVcpu, argument: int) -> None:
+    bus, devfn = abi.PHYSDEV_MANAGE_PCI.unpack(cpu.read(argument, abi.PHYSDEV_MANAGE_PCI.size))
+    physdev.restore_msi(cpu.domain, sbdf_of(0, bus, devfn))
+
+
+def _pci_mmcfg_reserved(cpu: PvVcpu, argument: int) -> None:
+    if not cpu.domain.privileged:
+        raise XenError(Errno.EPERM, "memory-mapped configuration space")
+    cpu.read(argument, abi.PHYSDEV_PCI_MMCFG_RESERVED.size)
+    raise XenError(Errno.ENODEV, "the host has no memory-mapped configuration space")
+
+
+def _dbgp_op(cpu: PvVcpu, argument: int) -> None:
+    """Nothing to do without a USB debug port."""
+    if cpu.domain.domid:
+        raise XenError(Errno.EPERM, "the debug port")
+    cpu.read(argument, abi.PHYSDEV_DBGP_OP.size)
+
+
+_OPERATIONS: Final[dict[int, Callable[[PvVcpu, int], None]]] = {
+    abi.PHYSDEVOP_IRQ_UNMASK_NOTIFY: _irq_unmask_notify,
+    abi.PHYSDEVOP_irq_status_query: _irq_status_query,
+    abi.PHYSDEVOP_set_iopl: _set_iopl,
+    abi.PHYSDEVOP_set_iobitmap: _set_iobitmap,
+    abi.PHYSDEVOP_apic_read: _apic_read,
+    abi.PHYSDEVOP_apic_write: _apic_write,
+    abi.PHYSDEVOP_alloc_irq_vector: _alloc_irq_vector,
+    abi.PHYSDEVOP_eoi: _eoi,
+    abi.PHYSDEVOP_map_pirq: _map_pirq,
+    abi.PHYSDEVOP_unmap_pirq: _unmap_pirq,
+    abi.PHYSDEVOP_manage_pci_add: _manage_pci_add,
+    abi.PHYSDEVOP_manage_pci_remove: _manage_pci_remove,
+    abi.PHYSDEVOP_manage_pci_add_ext: _manage_pci_add_ext,
+    abi.PHYSDEVOP_pirq_eoi_gmfn_v1: _pirq_eoi_gmfn(1),
+    abi.PHYSDEVOP_pirq_eoi_gmfn_v2: _pirq_eoi_gmfn(2),
+    abi.PHYSDEVOP_restore_msi: _restore_msi,
+    abi.PHYSDEVOP_restore_msi_ext: _pci_device(physdev.restore_msi),
+    abi.PHYSDEVOP_setup_gsi: _setup_gsi,
+    abi.PHYSDEVOP_get_free_pirq: _get_free_pirq,
+    abi.PHYSDEVOP_pci_mmcfg_reserved: _pci_mmcfg_reserved,
+    abi.PHYSDEVOP_pci_device_add: _pci_device_add,
+    abi.PHYSDEVOP_pci_device_remove: _pci_device(physdev.pci_device_remove),
+    abi.PHYSDEVOP_dbgp_op: _dbgp_op,
+    abi.PHYSDEVOP_prepare_msix: _pci_device(physdev.prepare_msix),
+    abi.PHYSDEVOP_release_msix: _pci_device(physdev.prepare_msix, True),
+}
 
 
 def physdev_op(cpu: PvVcpu, command: int, argument: int) -> int:
-    """I/O privilege, and refusals for what only the owner of devices can do."""
-    command = int32(command)
-    if command == PHYSDEVOP_set_iopl:
-        (iopl,) = struct.unpack("<I", cpu.read(argument, 4))
-        if iopl > 3:
-            return -Errno.EINVAL
-        cpu.iopl = iopl << 12
-        return 0
-    if command == PHYSDEVOP_set_iobitmap:
-        bitmap, ports = struct.unpack("<QI", cpu.read(argument, 16)[:12])
-        if ports > MAX_IO_PORTS or not addr_ok(bitmap):
-            return -Errno.EINVAL
-        cpu.io_bitmap = (bitmap, ports)
-        return 0
-    if command == PHYSDEVOP_irq_status_query:
-        (irq,) = struct.unpack("<I", cpu.read(argument, 8)[:4])
-        if irq >= NR_PIRQS_DOMU:
-            return -Errno.EINVAL
-        cpu.write(argument, struct.pack("<II", irq, XENIRQSTAT_needs_eoi))  # Xen assumes the worst of any line
-        return 0
-    if command == PHYSDEVOP_eoi:
-        cpu.read(argument, 4)
-        return -Errno.EINVAL  # the guest has no physical lines
-    if command == PHYSDEVOP_IRQ_UNMASK_NOTIFY:
-        return 0
-    if command in (PHYSDEVOP_map_pirq, PHYSDEVOP_unmap_pirq):
-        cpu.read(argument, 40 if command == PHYSDEVOP_map_pirq else 8)
-        return -Errno.EPERM
-    if command == PHYSDEVOP_get_free_pirq:
-        cpu.read(argument, 8)
-        return -Errno.ENOSYS if cpu.domain.privileged else -Errno.EPERM
-    if command in (PHYSDEVOP_pirq_eoi_gmfn_v1, PHYSDEVOP_pirq_eoi_gmfn_v2):
-        (mfn,) = struct.unpack("<Q", cpu.read(argument, 8))
-        return -Errno.ENOSYS if cpu.tables.owns(mfn) else -Errno.EINVAL
-    if command in (PHYSDEVOP_restore_msi, PHYSDEVOP_restore_msi_ext):
-        cpu.read(argument, 2 if command == PHYSDEVOP_restore_msi else 4)
-        return -Errno.ENODEV
-    size = _PRIVILEGED.get(command)
-    if size is None:
-        return -Errno.ENOSYS
-    cpu.read(argument, size)
-    return -Errno.ENOSYS if cpu.domain.privileged else -Errno.EPERM
+    """HYPERVISOR_physdev_op (do_physdev_op). Raises ENOSYS, and what the operation does."""
+    operation = _OPERATIONS.get(int32(command))
+    if operation is None:
+        raise XenError(Errno.ENOSYS, f"physdev_op {int32(command)}")
+    operation(cpu, argument)
+    return 0
 
 
 def physdev_op_compat(cpu: PvVcpu, argument: int) -> int:
     """The old form, {cmd, union}: any operation, with its argument in the union (do_physdev_op_compat)."""
-    (command,) = struct.unpack("<I", cpu.read(argument, 24)[:4])
+    command = int.from_bytes(cpu.read(argument, 24)[:4], "little")
     return physdev_op(cpu, command, argument + 8)
