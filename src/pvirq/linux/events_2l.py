@@ -61,6 +61,12 @@ class Events2l:
     def percpu_deinit(self, cpu: int) -> None:
         """Nothing to give back."""
 
+    def resume(self, online: int) -> None:
+        """All channels are gone; the bits in shared_info are new (evtchn_2l_resume). `online` is a mask of CPUs."""
+        for cpu, words in enumerate(self._cpu_mask):
+            if online >> cpu & 1:
+                words[:] = [0] * len(words)
+
     def setup(self, port: int) -> None:
         """Every port has its bits already."""
 

@@ -347,10 +347,6 @@ class EventsBase:
     def _unbind_from_irq(self, irq: int) -> None:
         info = self.info(irq)
         if info.evtchn:
-            try:
-                evtchn.close(self.domain, info.evtchn)
-            except XenError as error:
-                raise AssertionError(f"port {info.evtchn} of IRQ {irq} is not ours to close") from error
             if info.type == IrqType.VIRQ:
                 # A global VIRQ may have moved, but it is on record where it was bound.
                 for virqs in self._virq_to_irq:
@@ -360,12 +356,25 @@ class EventsBase:
                 self._ipi_to_irq[info.cpu][info.index] = -1
             elif info.dev is not None:
                 info.dev.event_channels -= 1
-            del self._evtchn_to_irq[info.evtchn]
-            self.ops.remove(info.evtchn, info.cpu)
-            info.evtchn = 0
-            self._channels_on_cpu_dec(info)
+            self._close(info)
+        self._free_irq(info)
+
+    def _free_irq(self, info: IrqInfo) -> None:
+        """Forget an IRQ that has no port; its number is free again (xen_free_irq)."""
         self.lateeoi.forget(info)
-        self.irq.free_desc(irq)
+        self.irq.free_desc(info.irq)
+
+    def _close(self, info: IrqInfo) -> None:
+        """Close an IRQ's port and forget it (xen_evtchn_close, xen_irq_info_cleanup)."""
+        port = info.evtchn
+        try:
+            evtchn.close(self.domain, port)
+        except XenError as error:
+            raise AssertionError(f"port {port} of IRQ {info.irq} is not ours to close") from error
+        del self._evtchn_to_irq[port]
+        self.ops.remove(port, info.cpu)
+        info.evtchn = 0
+        self._channels_on_cpu_dec(info)
 
     # Sending.
 

@@ -30,6 +30,7 @@ MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
 UNLINKED: Final = ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+_ALL_MASKED: Final = MASKED.to_bytes(4, "little") * WORDS_PER_PAGE
 
 C = TypeVar("C")
 
@@ -45,6 +46,7 @@ class EventsFifo:
         self._control: dict[int, int] = {}  # cpu -> index in u32 of its control block
         self._heads = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
         self._pages: list[int] = []  # index in u32 of each event array page
+        self._spare: list[int] = []  # pages of before a resume, to be used again
 
     @property
     def nr_channels(self) -> int:
@@ -66,6 +68,25 @@ class EventsFifo:
             raise
         self._control[cpu] = (mfn << PAGE_SHIFT) // 4
 
+    def resume(self, online: int) -> None:
+        """All channels are gone, and Xen knows neither control blocks nor event array (evtchn_fifo_resume).
+
+        Each CPU of mask `online` gives it its control block again, others give theirs up; the pages of the event
+        array will be used again. XenError as EVTCHNOP_init_control.
+        """
+        machine = self._domain.machine
+        for cpu, control in list(self._control.items()):
+            mfn = control * 4 >> PAGE_SHIFT
+            if online >> cpu & 1:
+                machine.mem[control * 4 : control * 4 + PAGE_SIZE] = bytes(PAGE_SIZE)
+                self._heads[cpu] = [0] * EVTCHN_FIFO_MAX_QUEUES
+                evtchn.init_control(self._domain, mfn, 0, cpu)
+            else:
+                del self._control[cpu]
+                machine.free(mfn)
+        self._spare = self._pages + self._spare
+        self._pages.clear()
+
     def percpu_deinit(self, cpu: int) -> None:
         """Empty the queues of a CPU that has gone, so that its ports can be linked elsewhere."""
         self.handle_events(cpu, None, None)
@@ -76,16 +97,16 @@ class EventsFifo:
             raise XenError(Errno.EINVAL, f"port {port} is beyond the event array")
         domain = self._domain
         while len(self._pages) <= port // WORDS_PER_PAGE:
-            mfn = domain.machine.alloc(1, domain.domid)
-            base = (mfn << PAGE_SHIFT) // 4
-            for i in range(base, base + WORDS_PER_PAGE):  # masked before Xen knows of them
-                self._u32[i] = MASKED
+            page = self._spare[0] * 4 if self._spare else domain.machine.alloc(1, domain.domid) << PAGE_SHIFT
+            domain.machine.mem[page : page + PAGE_SIZE] = _ALL_MASKED  # before Xen knows of them
             try:
-                evtchn.expand_array(domain, mfn)
+                evtchn.expand_array(domain, page >> PAGE_SHIFT)
             except XenError:
-                domain.machine.free(mfn)
+                if not self._spare:
+                    domain.machine.free(page >> PAGE_SHIFT)
                 raise
-            self._pages.append(base)
+            self._pages.append(page // 4)
+            del self._spare[:1]
 
     def remove(self, port: int, cpu: int) -> None:
         """Nothing to do."""

@@ -103,7 +103,7 @@ class IrqLayer(IrqChips):
             raise IrqError(Errno.ENOSYS, f"IRQ {irq} has no chip")
         if not flags & IRQF_TRIGGER_MASK:
             flags |= desc.trigger or 0
-        action = IrqAction(handler, flags, name, dev_id)
+        action = IrqAction(handler, flags, name, dev_id, self.proc_ready)
         if desc.actions:
             self._check_sharing(desc, action)
         else:
@@ -212,7 +212,7 @@ class IrqLayer(IrqChips):
         IrqError: EINVAL where no CPU of the mask is online, EIO where the line can't be moved.
         """
         desc = self.desc(irq)
-        if not self._can_set_affinity(desc):
+        if not self.can_set_affinity(desc):
             raise IrqError(Errno.EIO, f"IRQ {irq} can't be moved")
         if not mask & self.online:
             raise IrqError(Errno.EINVAL, "no CPU of the mask is online")

@@ -145,7 +145,8 @@ class IrqChips(IrqDescs):
 
     # Where a line goes (manage.c, migration on hotplug).
 
-    def _can_set_affinity(self, desc: IrqDesc) -> bool:
+    def can_set_affinity(self, desc: IrqDesc) -> bool:
+        """May userland move it?"""
         return (
             self.smp
             and not desc.per_cpu
@@ -156,7 +157,7 @@ class IrqChips(IrqDescs):
 
     def _setup_affinity(self, desc: IrqDesc) -> None:
         """Place a line that starts: where userland put it, else anywhere (irq_setup_affinity)."""
-        if not self._can_set_affinity(desc):
+        if not self.can_set_affinity(desc):
             return
         mask = self.default_affinity
         if desc.affinity_set:

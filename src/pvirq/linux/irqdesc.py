@@ -100,12 +100,13 @@ class IrqChip:
 
 @dataclass(eq=False, slots=True)
 class IrqAction:
-    """struct irqaction: one handler on a line."""
+    """struct irqaction: one handler on a line. `has_dir`: /proc/irq/N has a directory of its name."""
 
     handler: IrqHandler
     flags: int
     name: str
     dev_id: object
+    has_dir: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -139,6 +140,7 @@ class IrqDesc:
     level: bool = False
     trigger: int | None = None
     effective_affinity: int = 0
+    node: int = -1  # NUMA_NO_NODE
     affinity_hint: int | None = None  # where the driver would like it
     irq_count: int = 0
     irqs_unhandled: int = 0
@@ -178,6 +180,7 @@ class IrqDescs:
         self.nr_irqs = nr_irqs
         self.smp = smp
         self.online = 0  # mask of CPUs
+        self.proc_ready = True  # False early at boot, when there is no /proc/irq for a handler's directory
         self.default_affinity = (1 << nr_cpus) - 1  # irq_default_affinity
         self.descs: dict[int, IrqDesc] = {}
         self._lowest = dynirq_base  # no dynamic number below this is free

@@ -255,6 +255,11 @@ class Kernel(Generic[P]):
         if timers:
             vcpu.singleshot_timer = self.clock.at(timers[0][0], lambda: self._timer_due(vcpu))
 
+    def resume_timers(self) -> None:
+        """After resume: what was due meanwhile is due now, on each CPU."""
+        for cpu in range(len(self._cpus)):
+            self._arm(cpu)
+
     def _timer_due(self, vcpu: Vcpu) -> None:
         vcpu.singleshot_timer = None
         evtchn.send_guest_vcpu_virq(vcpu, VIRQ_TIMER)

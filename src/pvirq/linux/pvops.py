@@ -8,15 +8,17 @@ that order decides ports, IRQ numbers and CPUs. Hardware goes into `initcalls` w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHN_FIFO_PRIORITY_MAX
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_PCPU_STATE, VIRQ_TIMER
-from pvirq.linux.events_base import EventsBase
+from pvirq.linux.events_base import EVENT_LOOP_TIMEOUT
 from pvirq.linux.events_info import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
+from pvirq.linux.events_lateeoi import EVENT_EOI_DELAY
+from pvirq.linux.events_pirq import NR_IRQS_LEGACY, EventsPirq
 from pvirq.linux.evtchn_dev import EvtchnUser
 from pvirq.linux.irq import (
     IRQ_HANDLED,
@@ -30,20 +32,21 @@ from pvirq.linux.irq import (
     IrqLayer,
     IrqReturn,
 )
+from pvirq.linux.irq_pm import resume_irqs, suspend_device_irqs
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi, Personality, StartInfo
 from pvirq.linux.proc import IrqStat, header, irq_rows, x86_rows
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Hypervisor
-
-if TYPE_CHECKING:
-    from pvirq.xen.msi import PciDevice
+from pvirq.xen.ioapic import LEVEL_ISA_IRQS
 
 HZ: Final = 250  # Debian's
 NR_GSIS: Final = 24  # of domain 0's I/O APIC; its dynamic IRQs start after them
+# The ISA lines that the firmware knows (number -> level-triggered): all but 0, whose GSI is 2.
+ISA_LINES: Final[Mapping[int, bool]] = {irq: irq in LEVEL_ISA_IRQS for irq in range(1, NR_IRQS_LEGACY)}
 
 
-class Pvops(EventsBase, Personality):
+class Pvops(EventsPirq, Personality):
     """The personality of a Linux 6.1 pvops kernel, in domain 0 or another domain."""
 
     hz = HZ
@@ -56,11 +59,15 @@ class Pvops(EventsBase, Personality):
         fifo: bool = True,
         start_info: StartInfo | None = None,
         mce: bool | None = None,
+        isa_lines: Mapping[int, bool] = ISA_LINES,
+        event_loop_timeout: int = EVENT_LOOP_TIMEOUT,
+        event_eoi_delay: int = EVENT_EOI_DELAY,
     ) -> None:
         """`fifo` False: xen.fifo_events=0 on the command line, the two-level ABI.
 
         Without `start_info` it is the initial domain as the domain is privileged, and nobody gave it any ports.
-        `mce`: has it machine-check code (None: the initial domain has)?
+        `mce`: has it machine-check code (None: the initial domain has)? `isa_lines` are what the initial domain's
+        firmware says of them. The last two are parameters of the kernel, xen.event_*, in jiffies.
         """
         domain = kernel.domain
         self.start_info = start_info or StartInfo(initial=domain.privileged)
@@ -70,7 +77,9 @@ class Pvops(EventsBase, Personality):
         self.store_port = self.start_info.store_port
         self.console_port = self.start_info.console_port
         self.nr_cpus = len(domain.vcpus)
-        gsi_top, legacy = (NR_GSIS if self.initial else 0), 16
+        gsi_top = NR_GSIS if self.initial else 0
+        nr_irqs = gsi_top + NR_IRQS_LEGACY + 8 * self.nr_cpus  # arch_probe_nr_irqs
+        nr_irqs += 16 * gsi_top if gsi_top > NR_IRQS_LEGACY else 8 * self.nr_cpus
         irq = IrqLayer(
             self.nr_cpus,
             cpu=lambda: kernel.cpu,
@@ -79,9 +88,10 @@ class Pvops(EventsBase, Personality):
             printk=kernel.printk,
             after=kernel.set_timer_jiffies,
             dynirq_base=gsi_top,
-            nr_irqs=gsi_top + legacy + 16 * self.nr_cpus + 16 * gsi_top,  # arch_probe_nr_irqs
+            nr_irqs=min(nr_irqs, 256 * self.nr_cpus),
         )
-        super().__init__(kernel, irq)
+        super().__init__(kernel, irq, event_loop_timeout=event_loop_timeout, event_eoi_delay=event_eoi_delay)
+        self._isa_lines = isa_lines
         self._stat = [IrqStat() for _ in range(self.nr_cpus)]
         self._percpu_irqs: list[list[int]] = [[] for _ in range(self.nr_cpus)]
         # The drivers that bind channels at boot, in order. Hardware puts its own between: see
@@ -115,13 +125,16 @@ class Pvops(EventsBase, Personality):
         vcpu = self.domain.vcpus[0]
         vcpu.up, vcpu.blocked = True, False
         self.irq.online = 1
+        self.irq.proc_ready = False
         self.fifo = self.init_irq(self.fifo)
+        self.init_pirqs(self._isa_lines)
         self._setup_timer(0)
         self._init_lock_cpu(0)
         self._smp_intr_init(0)
         self._mcheck_cpu_init(0)
         for cpu in range(1, self.nr_cpus):
             self.cpu_up(cpu)
+        self.irq.proc_ready = True  # init_irq_proc
         for _, call in self.initcalls:
             call()
 
@@ -144,6 +157,32 @@ class Pvops(EventsBase, Personality):
         for irq in irqs:
             self.unbind_from_irqhandler(irq)
         self.cpu_dead(cpu)
+
+    # Suspend and resume (drivers/xen/manage.c).
+
+    def suspend(self) -> None:
+        """The domain is about to be saved: no device interrupts any more. IrqError(ENODEV): domain 0 stays."""
+        if self.initial:
+            raise IrqError(Errno.ENODEV, "the initial domain can't be suspended")
+        suspend_device_irqs(self.irq)
+
+    def resume(self, start_info: StartInfo) -> None:
+        """It goes on, as what is another domain to Xen: its channels are gone, its pages are the same.
+
+        VIRQs and IPIs are bound again, the console and xenbus take the ports that the toolstack has given it now.
+        The other drivers' IRQs have no port; they connect anew. XenError where Xen refuses a channel.
+        """
+        self.start_info = start_info
+        self.irq_resume()
+        resume_irqs(self.irq, early=True)
+        self.console_port = start_info.console_port
+        if self.console_irq:
+            self.rebind_evtchn_irq(self.console_port, self.console_irq)
+        resume_irqs(self.irq, early=False)
+        self.kernel.resume_timers()
+        self.store_port = start_info.store_port
+        if self.xenbus_irq:
+            self.rebind_evtchn_irq(self.store_port, self.xenbus_irq)
 
     def _setup_timer(self, cpu: int) -> None:
         flags = IRQF_PERCPU | IRQF_NOBALANCING | IRQF_TIMER | IRQF_FORCE_RESUME | IRQF_EARLY_RESUME
@@ -263,15 +302,6 @@ class Pvops(EventsBase, Personality):
 
     def eoi(self, irq: int, spurious: bool = False) -> None:
         self.xen_irq_lateeoi(irq, XEN_EOI_FLAG_SPURIOUS if spurious else 0)
-
-    def register_gsi(self, gsi: int, *, level: bool, active_low: bool) -> int:
-        raise IrqError(Errno.ENOSYS, "no physical lines yet")
-
-    def enable_msi(self, device: PciDevice, count: int = 1, *, msix: bool = False) -> list[int]:
-        raise IrqError(Errno.ENOSYS, "no physical lines yet")
-
-    def disable_msi(self, device: PciDevice) -> None:
-        raise IrqError(Errno.ENOSYS, "no physical lines yet")
 
     # What userland sees.
 
