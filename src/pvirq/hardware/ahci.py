@@ -14,6 +14,7 @@ from pvirq.hardware.device import Board, Driver, HardwareError, Interrupt, Messa
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 from pvirq.xen.msi import PciDevice
+from pvirq.xen.timer import Timer
 
 SLOTS: Final = 32
 # PxIS.
@@ -32,13 +33,24 @@ class Ahci:
         self._active = 0  # PxSACT
         self._failed = 0
         self.buffers = [b""] * SLOTS
+        self._work: dict[int, Timer] = {}
 
     # Registers.
+
+    def reset(self) -> None:
+        """GHC.HR: the disk forgets its commands."""
+        for timer in self._work.values():
+            timer.cancel()
+        self._work.clear()
+        self.medium.stop()
+        self._port_status = self._active = self._failed = 0
+        self._interrupt.lower()
 
     def issue(self, slot: int, sector: int, count: int, data: bytes | None) -> None:
         """A command table's slot and PxSACT, PxCI: a queued read or write."""
         self._active |= 1 << slot
-        self._board.clock.at(self.medium.take_turn(sector, count), lambda: self._finish(slot, sector, count, data))
+        when = self.medium.take_turn(sector, count)
+        self._work[slot] = self._board.clock.at(when, lambda: self._finish(slot, sector, count, data))
 
     def read_is(self) -> int:
         """The controller's IS: a bit for each port that wants service."""
@@ -60,6 +72,7 @@ class Ahci:
         return failed
 
     def _finish(self, slot: int, sector: int, count: int, data: bytes | None) -> None:
+        del self._work[slot]
         self._active &= ~(1 << slot)
         self._port_status |= PORT_SDB_FIS
         if not self.medium.fits(sector, count):
@@ -86,11 +99,16 @@ class AhciDriver(BlockDriver):
         self._slots: list[Command | None] = [None] * SLOTS
 
     def probe(self) -> None:
+        self._reset()
         if self._gsi is None:
             irq = self.enable_msi(self.pci)[0]
         else:
             irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
         self.request_irq(irq, self._interrupt, IRQF_SHARED, self._row)
+
+    def _reset(self) -> None:
+        self._slots = [None] * SLOTS
+        self.hba.reset()
 
     def _issue(self, command: Command) -> None:
         slot = self._slots.index(None)

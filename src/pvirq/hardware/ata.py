@@ -38,6 +38,15 @@ class AtaChannel:
 
     # Registers.
 
+    def reset(self) -> None:
+        """A software reset (SRST): the disk forgets its command."""
+        self._done.cancel()
+        if self.medium is not None:
+            self.medium.stop()
+            self._status = ATA_DRDY
+        self._dma_status = 0
+        self._pin.lower()
+
     def command(self, sector: int, count: int, data: bytes | None) -> None:
         """READ or WRITE DMA EXT with its task file, and the bus master started. Nothing while the disk is busy."""
         if self.medium is None or self._status & ATA_BUSY:
@@ -90,10 +99,13 @@ class AtaDriver(BlockDriver):
         self._current: Command | None = None
 
     def probe(self) -> None:
-        self.channel.read_status()
-        self.channel.clear_dma_status()
+        self._reset()
         irq = self.kernel.events.register_gsi(self._gsi, level=self._native, active_low=self._native)
         self.request_irq(irq, self._interrupt, IRQF_SHARED, "ata_piix")
+
+    def _reset(self) -> None:
+        self._current = None
+        self.channel.reset()
 
     def _issue(self, command: Command) -> None:
         self._current = command

@@ -87,6 +87,10 @@ class Medium:
         self._busy_until = max(self.clock.now(), self._busy_until) + took
         return self._busy_until
 
+    def stop(self) -> None:
+        """Forget the commands that were given (a reset)."""
+        self._busy_until = 0
+
     def fits(self, sector: int, count: int) -> bool:
         """Are these sectors there, and in order?"""
         if not 0 <= sector <= sector + count <= self.sectors:
@@ -165,7 +169,7 @@ class BlockDriver(Driver):
         """`slots`: how many commands the disk takes at a time."""
         super().__init__(board, name)
         self.medium = medium
-        self._free_slots = slots
+        self._slot_count = self._free_slots = slots
         self._waiting: deque[Command] = deque()
         self._issued: list[Command] = []
         self._timer: KernelTimer | None = None
@@ -249,14 +253,19 @@ class BlockDriver(Driver):
     def remove(self) -> None:
         """What was still to do ends with ENXIO."""
         super().remove()
+        self._reset()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         unfinished, self._issued = [*self._issued, *self._waiting], []
-        self._free_slots += len(unfinished) - len(self._waiting)
         self._waiting.clear()
+        self._free_slots = self._slot_count
         for command in unfinished:
             self.kernel.queue_work(lambda command=command: self._end(command, Errno.ENXIO))  # type: ignore[misc]
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Make the disk forget its commands, and whatever it wants."""
 
     @abstractmethod
     def _issue(self, command: Command) -> None:

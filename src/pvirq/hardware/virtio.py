@@ -16,6 +16,7 @@ from pvirq.hardware.device import Board, Driver, HardwareError
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqReturn
 from pvirq.xen.msi import PciDevice
+from pvirq.xen.timer import Timer
 
 CONFIG_VECTOR: Final = 0
 QUEUE_SIZE: Final = 256
@@ -39,13 +40,25 @@ class VirtioBlk:
         self._clock = board.clock
         self.queues = [VirtQueue(i) for i in range(queues)]
         self.config_generation = 0
+        self._work: set[Timer] = set()
+
+    def reset(self) -> None:
+        """A write of 0 to the device's status: it forgets its requests."""
+        for timer in self._work:
+            timer.cancel()
+        self._work.clear()
+        self.medium.stop()
+        for queue in self.queues:
+            queue.used.clear()
 
     def kick(self, queue: VirtQueue, command: Command) -> None:
         """The driver has put a request in the queue."""
         when = self.medium.take_turn(command.sector, command.count)
-        self._clock.at(when, lambda: self._finish(queue, command))
+        timer = self._clock.at(when, lambda: self._finish(timer, queue, command))
+        self._work.add(timer)
 
-    def _finish(self, queue: VirtQueue, command: Command) -> None:
+    def _finish(self, timer: Timer, queue: VirtQueue, command: Command) -> None:
+        self._work.discard(timer)
         error = None
         if not self.medium.fits(command.sector, command.count):
             error = Errno.EIO
@@ -82,6 +95,9 @@ class VirtioBlkDriver(BlockDriver):
         self.request_irq(irqs[0], self._config_changed, 0, f"{self.name}-config")
         for queue, irq in zip(queues, irqs[1:], strict=True):
             self.request_irq(irq, self._vring_interrupt, 0, f"{self.name}-req.{queue.index}", queue)
+
+    def _reset(self) -> None:
+        self.device.reset()
 
     def _issue(self, command: Command) -> None:
         queues = self.device.queues
