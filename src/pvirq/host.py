@@ -28,7 +28,7 @@ from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.daemons import Daemons
-from pvirq.xen import evtchn, evtchn_views
+from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
@@ -292,11 +292,13 @@ class Host:
     def debug_key(self, key: str) -> str:
         """What `xl debug-keys KEY` makes Xen print, "(XEN) " in front of each line.
 
-        There is "e", event channels. ValueError for another.
+        There are "e", event channels, and "i", interrupts. ValueError for another.
         """
-        if key != "e":
-            raise ValueError(f"no debug key {key!r} here; there is 'e', event channels")
-        return evtchn_views.debug_e(self.hypervisor)
+        if key == "e":
+            return evtchn_views.debug_e(self.hypervisor)
+        if key == "i":
+            return irq_views.debug_i(self.hypervisor)
+        raise ValueError(f"no debug key {key!r} here; there are 'e', event channels, and 'i', interrupts")
 
     def lsevtchn(self, domid: int) -> str:
         """What `lsevtchn DOMID` prints. XenError(ESRCH) for a domain that isn't there."""

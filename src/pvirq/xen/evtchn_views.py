@@ -13,6 +13,7 @@ from pvirq.abi.event_channel import (
     EVTCHNSTAT_virq,
 )
 from pvirq.abi.xen import DOMID_SELF
+from pvirq.xen.bitmap import bitmap_list
 from pvirq.xen.evtchn import Status, status
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
 
@@ -55,7 +56,7 @@ def debug_e(hypervisor: Hypervisor) -> str:
     """
     lines = ["'e' pressed -> dumping event-channel info"]
     for _, domain in sorted(hypervisor.domains.items()):
-        polling = _bitmap_list([vcpu.vcpu_id for vcpu in domain.vcpus if vcpu.polling])
+        polling = bitmap_list([vcpu.vcpu_id for vcpu in domain.vcpus if vcpu.polling])
         lines += (
             f"Event channel information for domain {domain.domid}:",
             f"Polling vCPUs: {{{polling}}}",
@@ -83,14 +84,3 @@ def _channel_line(domain: Domain, channel: Channel) -> str:
     elif state == ECS_VIRQ:
         line += f" v={channel.virq}"
     return line
-
-
-def _bitmap_list(bits: list[int]) -> str:
-    """Ascending numbers as printk's %*pbl: "0-2,5"."""
-    ranges: list[list[int]] = []
-    for bit in bits:
-        if ranges and ranges[-1][1] == bit - 1:
-            ranges[-1][1] = bit
-        else:
-            ranges.append([bit, bit])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
