@@ -9,7 +9,10 @@ from typing import Any
 from pvirq.drivers.blkback import blkback
 from pvirq.drivers.blkfront import BlkFront
 from pvirq.drivers.blockstore import BlockDevices
+from pvirq.drivers.bridge import Network
 from pvirq.drivers.console import Console
+from pvirq.drivers.netback import netback
+from pvirq.drivers.netfront import NetFront
 from pvirq.drivers.xenbus import Xenbus
 from pvirq.drivers.xencons import XenCons
 from pvirq.drivers.xenstore import Xenstored
@@ -19,6 +22,7 @@ from pvirq.linux.kthread import Body, Completion, Kthread
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.linux.pvops import Pvops
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.devices import DeviceManager
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Hypervisor
 from pvirq.xen.memory import Machine
@@ -95,6 +99,9 @@ class Host:
         self.xs = connect_xenstored(self.dom0, self.xenstored, self.xenstored_events, port)
         self.xenbus = Xenbus(self.dom0, self.xs)
         self.devices = BlockDevices()
+        self.network = Network(self.dom0.now)
+        self.network.add_bridge("xenbr0")
+        self.manager = DeviceManager(self.store, self.devices, self.network)
         self.guests: list[Guest] = []
 
     def guest(self, vcpus: int = 1, personality: Callable[..., Personality] = Pvops) -> Guest:
@@ -139,8 +146,13 @@ class Host:
         """Run a body in a thread of `kernel`'s to its end."""
         return self.finish(Kthread(kernel, "test", body))
 
+    def start_frontends(self, guest: Guest) -> None:
+        """Let a guest's drivers find its devices, and connect them."""
+        self.finish(guest.xenbus.start_frontends({"vbd": BlkFront, "vif": NetFront}))
+        self.run()
+
     def start_backends(self) -> None:
-        self.finish(self.xenbus.start_backends({"vbd": blkback(self.devices)}))
+        self.finish(self.xenbus.start_backends({"vbd": blkback(self.devices), "vif": netback(self.network)}))
         self.run()
 
     def close(self) -> None:
@@ -150,6 +162,12 @@ class Host:
 def disk_of(guest: Guest, devid: int = 51712) -> BlkFront:
     driver = guest.xenbus.frontends.devices[f"device/vbd/{devid}"].driver
     assert isinstance(driver, BlkFront)
+    return driver
+
+
+def nic_of(guest: Guest, devid: int = 0) -> NetFront:
+    driver = guest.xenbus.frontends.devices[f"device/vif/{devid}"].driver
+    assert isinstance(driver, NetFront)
     return driver
 
 

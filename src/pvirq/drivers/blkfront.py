@@ -252,7 +252,7 @@ NO_DATA: Final = (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD)
 class BlkFront(Driver):
     """A disk. Its methods for users are bodies: XenError(EIO) where the backend can't, ENXIO where the disk is gone.
 
-    `connected` is done when the disk can be used; `sectors` is its size in sectors of 512 bytes.
+    `ready` is done when the disk can be used; `sectors` is its size in sectors of 512 bytes.
     """
 
     def __init__(self, dev: Device, *, max_ring_order: int = 0, max_queues: int | None = None) -> None:
@@ -263,7 +263,7 @@ class BlkFront(Driver):
         self.sectors = 0
         self.readonly = False
         self.persistent = False
-        self.connected: Completion[None] = Completion()
+        self.ready: Completion[None] = Completion()
         self.queues: list[Queue] = []
         self.max_segments = BLKIF_MAX_SEGMENTS_PER_REQUEST
         self._max_ring_order = max_ring_order
@@ -274,6 +274,10 @@ class BlkFront(Driver):
         self._ring_order = 0
 
     # -- for users -----------------------------------------------------------------------------------------------------
+
+    def connected(self) -> Body[None]:
+        """Wait until the disk can be used."""
+        yield from self.ready.wait()
 
     def read(self, sector: int, count: int) -> Body[bytes]:
         """`count` sectors of 512 bytes from `sector` on."""
@@ -421,11 +425,11 @@ class BlkFront(Driver):
                 yield from self.read(0, SECTORS_PER_PAGE)
             except XenError as error:
                 dev.kernel.printk(f"{self.name}: unable to read partition table ({error})")
-        self.connected.complete(None)
+        self.ready.complete(None)
 
     def remove(self) -> Body[None]:
         self._free()
-        self.connected = Completion()
+        self.ready = Completion()
         yield from ()
 
     def _free(self) -> None:

@@ -139,6 +139,17 @@ class BackRing:
         self._words[REQ_EVENT] = self.req_cons + 1 & U32
         return bool(self.unconsumed())
 
+    def has_requests(self, count: int) -> bool:
+        """Are there so many? If not, the next one is to be notified (xenvif_rx_ring_slots_available)."""
+        words = self._words
+        while True:
+            prod = words[REQ_PROD]
+            if count <= (prod - self.req_cons & U32) <= self.size:
+                return True
+            words[REQ_EVENT] = prod + 1 & U32
+            if words[REQ_PROD] == prod:
+                return False
+
     def put(self, response: bytes) -> None:
         """Write the next response; unseen until `push_responses`."""
         at = RING_HEADER + (self.rsp_prod_pvt & self.size - 1) * self.entry_size

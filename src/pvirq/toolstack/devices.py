@@ -13,6 +13,7 @@ from typing import Final
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.blockstore import BlockDevices
+from pvirq.drivers.bridge import Network
 from pvirq.drivers.xenstore import Client, Operations, WatchHandle
 from pvirq.linux.kthread import Completion
 
@@ -92,6 +93,11 @@ class DeviceRef:
         return f"/local/domain/0/backend/{self.kind}/{self.domid}/{self.devid}"
 
     @property
+    def vif(self) -> str:
+        """The name of its interface in domain 0, where it is one."""
+        return f"vif{self.domid}.{self.devid}"
+
+    @property
     def libxl(self) -> str:
         return f"/libxl/{self.domid}/device/{self.kind}/{self.devid}"
 
@@ -102,19 +108,14 @@ Nodes = Iterable[tuple[str, str | int]]
 class DeviceManager:
     """Attaches and detaches devices of domain 0's backends.
 
-    `on_vif(ref, bridge, up)` is the vif-bridge script: it puts an interface on a bridge or takes it away. What it
-    raises as XenError goes to `hotplug-error`, as a script's failure does.
+    What a script can't do goes to `hotplug-error` and `hotplug-status`, and is how the attaching fails.
     """
 
-    def __init__(
-        self,
-        store: Client,
-        devices: BlockDevices,
-        on_vif: Callable[[DeviceRef, str, bool], None] = lambda ref, bridge, up: None,
-    ) -> None:
+    def __init__(self, store: Client, devices: BlockDevices, network: Network) -> None:
+        """`devices` and `network` are domain 0's block devices and interfaces."""
         self.store = store
         self._devices = devices
-        self._on_vif = on_vif
+        self._network = network
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class DeviceManager:
 
     def _vif_script(self, ref: DeviceRef, bridge: str) -> None:
         """/etc/xen/scripts/vif-bridge online."""
-        self._on_vif(ref, bridge, True)
+        self._network.attach(ref.vif, bridge)
         self.store.write(f"{ref.backend}/hotplug-status", "connected")
 
     # -- detaching -----------------------------------------------------------------------------------------------------
@@ -248,9 +249,8 @@ class DeviceManager:
 
     def _destroy(self, ref: DeviceRef) -> None:
         """The scripts' `remove` and libxl__device_destroy: its nodes, and directories that are empty with that."""
-        bridge = self.store.read_text(f"{ref.backend}/bridge", "")
-        if ref.kind == "vif" and bridge:
-            self._on_vif(ref, bridge, False)
+        if ref.kind == "vif":
+            self._network.detach(ref.vif)
         for path, levels in ((ref.frontend, 1), (ref.backend, 2), (ref.libxl, 1)):
             if self.store.exists(path):
                 self.store.rm(path)

@@ -1,0 +1,381 @@
+"""One queue of a network backend: netback.c and rx.c of xen-netback."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.io_netif import (
+    ETH_HLEN,
+    NETIF_EXTRA_GSO,
+    NETIF_EXTRA_MCAST,
+    NETIF_RSP_ERROR,
+    NETIF_RSP_NULL,
+    NETIF_RSP_OKAY,
+    NETIF_RX_ENTRY_SIZE,
+    NETIF_RX_REQUEST,
+    NETIF_RX_RESPONSE,
+    NETIF_TX_ENTRY_SIZE,
+    NETIF_TX_REQUEST,
+    NETIF_TX_RESPONSE,
+    XEN_NETIF_EXTRA_FLAG_MORE,
+    XEN_NETIF_EXTRA_TYPE_GSO,
+    XEN_NETIF_EXTRA_TYPE_MAX,
+    XEN_NETIF_EXTRA_TYPE_MCAST_ADD,
+    XEN_NETIF_EXTRA_TYPE_MCAST_DEL,
+    XEN_NETIF_GSO_TYPE_TCPV4,
+    XEN_NETIF_GSO_TYPE_TCPV6,
+    XEN_NETIF_NR_SLOTS_MIN,
+    NETRXF_csum_blank,
+    NETRXF_data_validated,
+    NETRXF_extra_info,
+    NETRXF_more_data,
+    NETTXF_csum_blank,
+    NETTXF_data_validated,
+    NETTXF_extra_info,
+    NETTXF_more_data,
+)
+from pvirq.abi.xen import DOMID_SELF, PAGE_SIZE
+from pvirq.drivers.ring import U32, BackRing, RingPages
+from pvirq.drivers.skb import Skb
+from pvirq.linux.irq import IRQ_HANDLED, IrqHandler, IrqReturn
+from pvirq.xen.grant import GrantError
+from pvirq.xen.grant_copy import Side, copy
+
+if TYPE_CHECKING:
+    from pvirq.drivers.netback import Vif
+
+FATAL_SLOTS: Final = 20  # a packet of more is no packet but an attack (xen_netback.fatal_skb_slots)
+BUDGET: Final = 64  # packets that one poll takes
+RX_QUEUE_BYTES: Final = 128 * PAGE_SIZE  # that may wait for the frontend's buffers
+
+
+class FatalTxError(Exception):
+    """The frontend did what ends its device (xenvif_fatal_tx_err); says what."""
+
+
+class _Packet:
+    """A packet on its way in: its slots, and what the extras said of it."""
+
+    __slots__ = ("extras", "flags", "gso_size", "gso_type", "multicast", "slots")
+
+    def __init__(self) -> None:
+        self.slots: list[tuple[int, int, int, int]] = []  # (gref, offset, id, size)
+        self.extras = 0
+        self.flags = 0
+        self.gso_size = self.gso_type = 0
+        self.multicast = False
+
+
+class BackQueue:
+    """A queue (struct xenvif_queue)."""
+
+    def __init__(self, vif: Vif, index: int, tx_ref: int, rx_ref: int, tx_port: int, rx_port: int) -> None:
+        """Map the rings and bind the channels. GrantError, XenError, IrqError where they can't be."""
+        dev = vif.back.dev
+        self.vif = vif
+        self._kernel = dev.kernel
+        self._events = dev.kernel.events
+        self._domid = dev.otherend_id
+        self._domain = dev.kernel.domain
+        self._machine = dev.kernel.domain.machine
+        self._gnttab = dev.xenbus.gnttab
+        self._pages = dev.xenbus.pages
+        self._freed = False
+        self._irqs: list[int] = []
+        self._mapped = self._gnttab.map_all(self._domid, (tx_ref, rx_ref))
+        self._buffer = self._pages.alloc()  # what grants are copied to and from
+        self._polling = False
+        self._tx_eoi = self._rx_eoi = False
+        self._rx_queue: deque[Skb] = deque()
+        self._rx_bytes = 0
+        self._rx_scheduled = False
+        name = f"{vif.name}-q{index}" if self._events.multi_queue else vif.name
+        try:
+            self.tx = BackRing(RingPages(self._machine, [self._mapped[0].mfn]), NETIF_TX_ENTRY_SIZE)
+            self.rx = BackRing(RingPages(self._machine, [self._mapped[1].mfn]), NETIF_RX_ENTRY_SIZE)
+            if self.tx.overflow(self.tx.req_prod) or self.rx.overflow(self.rx.req_prod):
+                raise XenError(Errno.EIO, "the rings' indexes can't be")
+            if tx_port == rx_port:
+                self._bind(tx_port, self._interrupt, name)
+            else:
+                self._bind(tx_port, self._tx_interrupt, f"{name}-tx")
+                self._bind(rx_port, self._rx_interrupt, f"{name}-rx")
+        except Exception:
+            self.free()
+            raise
+        self._tx_irq, self._rx_irq = self._irqs[0], self._irqs[-1]
+
+    def _bind(self, port: int, handler: IrqHandler, name: str) -> None:
+        self._irqs.append(self._events.bind_interdomain(self._domid, port, handler, name, self))
+
+    def start(self) -> None:
+        """Look at what is there already (xenvif_napi_schedule_or_enable_events in xenvif_up)."""
+        self._schedule_tx()
+
+    def free(self) -> None:
+        """Close the channels and unmap the rings."""
+        if self._freed:
+            return
+        self._freed = True
+        for irq in self._irqs:
+            self._events.unbind(irq, self)
+        for page in self._mapped:
+            self._gnttab.unmap(page)
+        self._pages.free(self._buffer)
+        self._rx_queue.clear()
+
+    # -- interrupts ----------------------------------------------------------------------------------------------------
+
+    def _tx_interrupt(self, irq: int, dev_id: object) -> IrqReturn:
+        self._tx_eoi = True
+        if not self._handle_tx():
+            self._tx_eoi = False
+            self._events.eoi(irq, True)
+        return IRQ_HANDLED
+
+    def _rx_interrupt(self, irq: int, dev_id: object) -> IrqReturn:
+        self._rx_eoi = True
+        if not self._handle_rx():
+            self._rx_eoi = False
+            self._events.eoi(irq, True)
+        return IRQ_HANDLED
+
+    def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
+        self._tx_eoi = True
+        has_tx, has_rx = self._handle_tx(), self._handle_rx()
+        if not has_tx:
+            self._tx_eoi = False
+            self._events.eoi(irq, not has_rx)
+        return IRQ_HANDLED
+
+    def _handle_tx(self) -> bool:
+        if not self.tx.unconsumed() and not self._tx_overflow():
+            return False
+        self._schedule_tx()
+        return True
+
+    def _handle_rx(self) -> bool:
+        if not self._rx_queue:
+            return False
+        self._schedule_rx()
+        return True
+
+    # -- from the frontend ---------------------------------------------------------------------------------------------
+
+    def _tx_overflow(self) -> bool:
+        return (self.tx.req_prod - self.tx.req_cons & U32) > self.tx.size
+
+    def _schedule_tx(self) -> None:
+        if not self._polling and not self.vif.disabled:
+            self._polling = True
+            self._kernel.queue_work(self._poll)
+
+    def _poll(self) -> None:
+        """xenvif_poll."""
+        if self._freed or self.vif.disabled:
+            self._polling = False
+            return
+        work = 0
+        try:
+            while work < BUDGET:
+                if self._tx_overflow():
+                    raise FatalTxError(
+                        f"Impossible number of requests. req_prod {self.tx.req_prod}, req_cons {self.tx.req_cons}, "
+                        f"size {self.tx.size}"
+                    )
+                if not self.tx.unconsumed():
+                    break
+                self._take_packet()
+                work += 1
+                if self._freed:  # what the packet set off
+                    return
+        except FatalTxError as error:
+            self._push_tx()
+            self._disable(str(error))
+            return
+        self._push_tx()
+        if work < BUDGET and not self.tx.more_requests():
+            self._polling = False
+            if self._tx_eoi:
+                self._tx_eoi = False
+                self._events.eoi(self._tx_irq)
+        else:
+            self._kernel.queue_work(self._poll)
+
+    def _disable(self, why: str) -> None:
+        """xenvif_fatal_tx_err and, in the thread, xenvif_carrier_off: this frontend is not served any more."""
+        self._polling = False
+        self.vif.disabled = True
+        self._kernel.printk(f"vif {self.vif.back.dev.ident} {self.vif.name}: {why}")
+        self._kernel.printk(f"vif {self.vif.back.dev.ident} {self.vif.name}: fatal error; disabling device")
+
+    def _push_tx(self) -> None:
+        if self.tx.push_responses():
+            self._events.notify_remote_via_irq(self._tx_irq)
+
+    def _answer(self, packet: _Packet, status: int) -> None:
+        for i, (_gref, _offset, ident, _size) in enumerate(packet.slots):
+            self.tx.put(NETIF_TX_RESPONSE.pack(ident, status))
+            if not i:
+                for _ in range(packet.extras):
+                    self.tx.put(NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL))
+
+    def _take_packet(self) -> None:
+        """One packet off the ring, and up into the network (xenvif_tx_build_gops and xenvif_tx_submit)."""
+        packet = self._read_slots()
+        if packet.multicast:
+            self._answer(packet, NETIF_RSP_OKAY)
+            return
+        total = packet.slots[0][3]
+        sizes = [slot[3] for slot in packet.slots]
+        sizes[0] = total - sum(sizes[1:])
+        if sizes[0] < 0 or total < ETH_HLEN or len(packet.slots) > XEN_NETIF_NR_SLOTS_MIN:
+            self._answer(packet, NETIF_RSP_ERROR)
+            return
+        for (_gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
+            if offset + size > PAGE_SIZE:
+                raise FatalTxError(f"Cross page boundary, txp->offset: {offset}, size: {size}")
+        page = self._machine.page(self._buffer)
+        parts: list[bytes] = []
+        to = Side(self._buffer, DOMID_SELF, 0, False)
+        try:
+            for (gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
+                copy(self._domain, Side(gref, self._domid, offset, True), to, size)
+                parts.append(bytes(page[:size]))
+        except GrantError as error:
+            vif = self.vif
+            self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
+            self._answer(packet, NETIF_RSP_ERROR)
+            return
+        self._answer(packet, NETIF_RSP_OKAY)
+        vif = self.vif
+        vif.tx_packets += 1
+        vif.tx_bytes += total
+        skb = Skb(
+            parts[0] if len(parts) == 1 else b"".join(parts),
+            bool(packet.flags & NETTXF_csum_blank),
+            bool(packet.flags & NETTXF_data_validated),
+            packet.gso_size,
+            packet.gso_type,
+        )
+        vif.receive(skb)
+
+    def _read_slots(self) -> _Packet:
+        """All of a packet's slots, copied (xenvif_get_extras, xenvif_count_requests)."""
+        packet = _Packet()
+        gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
+        packet.slots.append((gref, offset, ident, size))
+        packet.flags = flags
+        if flags & NETTXF_extra_info:
+            self._read_extras(packet)
+            if packet.multicast:
+                return packet
+        while flags & NETTXF_more_data:
+            if not self.tx.unconsumed():
+                raise FatalTxError(f"Asked for {len(packet.slots)} slots but exceeds this limit")
+            if len(packet.slots) >= FATAL_SLOTS:
+                raise FatalTxError(f"Malicious frontend using {len(packet.slots)} slots, threshold {FATAL_SLOTS}")
+            gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
+            packet.slots.append((gref, offset, ident, size))
+        return packet
+
+    def _read_extras(self, packet: _Packet) -> None:
+        while True:
+            if not self.tx.unconsumed():
+                raise FatalTxError("Missing extra info")
+            entry = self.tx.request()[: NETIF_EXTRA_GSO.size]
+            packet.extras += 1
+            kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack(entry)
+            if not kind or kind >= XEN_NETIF_EXTRA_TYPE_MAX:
+                raise FatalTxError(f"Invalid extra type: {kind}")
+            if kind == XEN_NETIF_EXTRA_TYPE_GSO:
+                if gso_type not in (XEN_NETIF_GSO_TYPE_TCPV4, XEN_NETIF_GSO_TYPE_TCPV6):
+                    raise FatalTxError(f"Bad GSO type {gso_type}.")
+                if not size:
+                    raise FatalTxError("GSO size must not be zero.")
+                packet.gso_size, packet.gso_type = size, gso_type
+            elif kind in (XEN_NETIF_EXTRA_TYPE_MCAST_ADD, XEN_NETIF_EXTRA_TYPE_MCAST_DEL):
+                packet.multicast = True
+                address = NETIF_EXTRA_MCAST.unpack(entry)[2]
+                if kind == XEN_NETIF_EXTRA_TYPE_MCAST_DEL:
+                    self.vif.multicast.discard(address)
+                elif len(self.vif.multicast) < 64:  # XEN_NETBK_MCAST_MAX
+                    self.vif.multicast.add(address)
+            if not flags & XEN_NETIF_EXTRA_FLAG_MORE:
+                return
+
+    # -- to the frontend -----------------------------------------------------------------------------------------------
+
+    def queue_rx(self, skb: Skb) -> None:
+        """xenvif_rx_queue_tail: dropped where too much waits for the frontend's buffers."""
+        if self._rx_bytes > RX_QUEUE_BYTES:
+            self.vif.rx_dropped += 1
+            return
+        self._rx_queue.append(skb)
+        self._rx_bytes += len(skb.data)
+        self._schedule_rx()
+
+    def _schedule_rx(self) -> None:
+        if not self._rx_scheduled:
+            self._rx_scheduled = True
+            self._kernel.queue_work(self._rx_action)
+
+    @staticmethod
+    def _rx_slots(skb: Skb) -> int:
+        return -(-len(skb.data) // PAGE_SIZE) + bool(skb.gso_size)
+
+    def _rx_action(self) -> None:
+        """The thread vif1.0-q0-guest-rx (xenvif_rx_action)."""
+        self._rx_scheduled = False
+        if self._freed:
+            return
+        queue, sent = self._rx_queue, False
+        if self.vif.disabled:
+            queue.clear()
+            self._rx_bytes = 0
+        try:
+            while queue and self.rx.has_requests(self._rx_slots(queue[0])):
+                skb = queue.popleft()
+                self._rx_bytes -= len(skb.data)
+                self._rx_skb(skb)
+                sent = True
+        except FatalTxError as error:
+            self._disable(str(error))
+        if sent and self.rx.push_responses():
+            self._events.notify_remote_via_irq(self._rx_irq)
+        if self._rx_eoi:
+            self._rx_eoi = False
+            self._events.eoi(self._rx_irq)
+
+    def _rx_skb(self, skb: Skb) -> None:
+        data, mem, rx, vif = skb.data, self._machine, self.rx, self.vif
+        size = len(data)
+        flags = 0
+        if skb.csum_blank:
+            flags = NETRXF_csum_blank | NETRXF_data_validated
+        elif skb.data_validated:
+            flags = NETRXF_data_validated
+        if skb.gso_size:
+            flags |= NETRXF_extra_info
+        page = mem.page(self._buffer)
+        source = Side(self._buffer, DOMID_SELF, 0, False)
+        for at in range(0, size, PAGE_SIZE):
+            ident, gref = NETIF_RX_REQUEST.unpack(rx.request())
+            part = data[at : at + PAGE_SIZE]
+            page[: len(part)] = part
+            status = len(part)
+            try:
+                copy(self._domain, source, Side(gref, self._domid, 0, True), len(part))
+            except GrantError as error:
+                self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy to the frontend failed: {error}")
+                status = NETIF_RSP_ERROR
+            more = NETRXF_more_data if at + PAGE_SIZE < size else 0
+            rx.put(NETIF_RX_RESPONSE.pack(ident, 0, flags | more, status))
+            if flags & NETRXF_extra_info:
+                rx.request()  # the extra takes a buffer's place
+                rx.put(NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, skb.gso_size, skb.gso_type, 0))
+            flags = 0
+        vif.rx_packets += 1
+        vif.rx_bytes += size
