@@ -1,0 +1,521 @@
+"""XenLinux as SUSE carried it to 2.6.27 to 2.6.34 (drivers/xen/core/evtchn.c, smpboot.c, spinlock.c of its kernels).
+
+The timer and each IPI have one IRQ for all CPUs, behind which each CPU has a port of its own. Dynamic lines are either
+such ("percpu") or plain ("level"); physical ones are all "level", whatever their trigger. Dynamic numbers follow the
+physical ones, of which there are as many as this machine can need (arch_probe_nr_irqs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ClassVar, Final, Literal
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.event_channel import EVTCHNSTAT_virq
+from pvirq.abi.xen import (
+    DOMID_SELF,
+    NR_VIRQS,
+    PAGE_SHIFT,
+    VIRQ_CONSOLE,
+    VIRQ_DEBUG,
+    VIRQ_MCA,
+    VIRQ_TIMER,
+    VIRQ_XENOPROF,
+)
+from pvirq.linux.irq import IRQ_HANDLED, IRQF_PERCPU, IRQF_TIMER_BIT, IrqAction, IrqError, IrqHandler, IrqReturn
+from pvirq.linux.irq26 import IRQ_TYPE_PROBE, IRQF_DISABLED, IrqChip26, IrqDesc26
+from pvirq.linux.irq2632 import IrqLayer2632, Status2632
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import Ipi, StartInfo
+from pvirq.linux.proc26 import Style, interrupts_suse
+from pvirq.linux.xenlinux import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
+from pvirq.linux.xenlinux_pirq import XenLinuxPirq
+from pvirq.xen import evtchn, physdev
+
+HZ: Final = 250
+NR_PIRQS: Final = 256 + 32 * 128  # NR_VECTORS + 32 * MAX_IO_APICS
+NR_GSIS: Final = 24  # of domain 0's I/O APIC
+NR_GSIS_LEGACY: Final = 16
+
+VIRQS_PER_CPU: Final = frozenset((VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF))
+
+RESCHEDULE_VECTOR: Final = 0
+CALL_FUNCTION_VECTOR: Final = 1
+CALL_FUNC_SINGLE_VECTOR: Final = 2
+REBOOT_VECTOR: Final = 3
+SPIN_UNLOCK_VECTOR: Final = 4
+NR_IPIS: Final = 5
+# Other kernels' IPIs by what this one has: a function call interrupt also runs irq_work.
+_VECTOR: Final = {
+    Ipi.RESCHEDULE: RESCHEDULE_VECTOR,
+    Ipi.CALL_FUNCTION: CALL_FUNCTION_VECTOR,
+    Ipi.CALL_FUNCTION_SINGLE: CALL_FUNC_SINGLE_VECTOR,
+    Ipi.SPIN_UNLOCK: SPIN_UNLOCK_VECTOR,
+    Ipi.IRQ_WORK: CALL_FUNC_SINGLE_VECTOR,
+}
+
+
+def nr_pirqs(gsis: int, cpus: int) -> int:
+    """How many physical IRQ numbers there are: `gsis` of inputs, and room for messages (arch_probe_nr_irqs)."""
+    return min(gsis + 8 * cpus + 16 * gsis, NR_PIRQS)
+
+
+class PerCpuAction:
+    """A handler of a per-CPU VIRQ (struct per_cpu_irqaction): `cpus` is a mask of those that it was bound on."""
+
+    def __init__(self, action: IrqAction) -> None:
+        self.key = action
+        self.action = IrqAction(action.handler, action.flags | IRQF_PERCPU, action.name, action)
+        self.cpus = 0
+
+
+class XenLinuxSuse(XenLinuxPirq):
+    """The personality of a SUSE kernel for Xen. `percpu_evtchn`: the ports, by CPU, of IRQs that have one for each."""
+
+    irq: IrqLayer2632
+    type_shift: ClassVar[int] = 28
+    index_shift: ClassVar[int] = 12
+
+    def __init__(
+        self,
+        kernel: Kernel[Any],
+        *,
+        start_info: StartInfo | None = None,
+        upcall: Literal["lowest-first", "round-robin", "snapshot"] = "snapshot",
+        style: Style = "source",
+    ) -> None:
+        """Without `start_info` it is the initial domain as the domain is privileged, and nobody gave it any ports.
+
+        `style` is of /proc/interrupts.
+        """
+        initial = start_info.initial if start_info else kernel.domain.privileged
+        nr_cpus = len(kernel.domain.vcpus)
+        pirqs = nr_pirqs(NR_GSIS if initial else NR_GSIS_LEGACY, nr_cpus)
+        irq = IrqLayer2632(
+            nr_cpus,
+            pirqs + NR_DYNIRQS,
+            cpu=lambda: kernel.cpu,
+            jiffies=kernel.jiffies,
+            hz=HZ,
+            printk=kernel.printk,
+            after=kernel.set_timer_jiffies,
+        )
+        super().__init__(kernel, irq, hz=HZ, nr_pirqs=pirqs, start_info=start_info, upcall=upcall)
+        self.style = style
+        self.percpu_evtchn: dict[int, list[int]] = {}
+        self.virq_actions: dict[int, list[PerCpuAction]] = {}
+        self.ipi_to_irq = [-1] * NR_IPIS
+        self._ipi_handlers: tuple[tuple[str, IrqHandler], ...] = (
+            ("resched", self._reschedule_interrupt),
+            ("callfunc", self._call_function_interrupt),
+            ("call1func", self._call_function_interrupt),
+            ("reboot", self._ignore_interrupt),
+            ("spinlock", self._ignore_interrupt),
+        )
+        self._timer_action = IrqAction(self._timer_interrupt, IRQF_DISABLED | IRQF_TIMER_BIT, "timer", None)
+        self._eoi_map = 0  # where in memory Xen keeps a bit for each pirq that wants an EOI; 0: nowhere
+        self._probing_pirqs: set[int] = set()
+        self.dynirq_chip = dynirq_chip(self, "Dynamic")
+        self.percpu_chip = self._make_percpu_chip()
+        self.pirq_chip = self._make_pirq_chip()
+        irq.init_desc = self._init_desc
+        if self.initial:
+            self.initcalls = [("mce", self._init_mce), ("console", self._init_console), ("xenbus", self.init_xenbus)]
+        else:
+            self.initcalls = [("xenbus", self.init_xenbus), ("xencons", self.init_xencons_ring)]
+
+    # Chips.
+
+    def _make_percpu_chip(self) -> IrqChip26:
+        """The same dynirq_chip, for lines whose port depends on the CPU: nothing moves, nothing is shut for all."""
+        kernel, ports, mem = self.kernel, self.percpu_evtchn, self.mem
+        pending, mask, unmask_evtchn = self._pending, self._mask, self.unmask_evtchn
+
+        def ack(desc: IrqDesc26) -> None:
+            port = ports[desc.irq][kernel.cpu]
+            if port:
+                at, bit = port >> 3, 1 << (port & 7)
+                mem[mask + at] |= bit
+                mem[pending + at] &= ~bit
+
+        def end(desc: IrqDesc26) -> None:
+            port = ports[desc.irq][kernel.cpu]
+            if port and not desc.status & Status2632.DISABLED:
+                unmask_evtchn(port)
+
+        return IrqChip26(
+            "Dynamic",
+            startup=self.startup_dynirq,
+            shutdown=self.disable_dynirq,
+            enable=self.enable_dynirq,
+            disable=self.disable_dynirq,
+            ack=ack,
+            mask=self.disable_dynirq,
+            unmask=self.enable_dynirq,
+            mask_ack=ack,
+            eoi=end,
+            end=end,
+            set_affinity=self.set_affinity_irq,
+            retrigger=self.resend_irq_on_evtchn,
+        )
+
+    def _make_pirq_chip(self) -> IrqChip26:
+        """Without a function to disable it, so that a disabled line is masked by its next interrupt only."""
+        ack = self.make_ack()
+        return IrqChip26(
+            "Phys",
+            startup=self.startup_pirq,
+            shutdown=self.shutdown_pirq,
+            enable=self.enable_pirq,
+            ack=ack,
+            mask_ack=ack,
+            unmask=self.enable_pirq,
+            end=self.end_pirq,
+            set_affinity=self.set_affinity_irq,
+            retrigger=self.resend_irq_on_evtchn,
+            set_type=self._set_type_pirq,
+        )
+
+    def _set_line(self, desc: IrqDesc26, chip: IrqChip26, percpu: bool = False) -> None:
+        desc.chip = chip
+        desc.flow = self.irq.handle_percpu_irq if percpu else self.irq.handle_level_irq
+        desc.name = "percpu" if percpu else "level"
+
+    def _init_desc(self, desc: IrqDesc26) -> None:
+        """What xen_init_IRQ does for one of the first 16 lines; others get their chips when they are bound."""
+        if self.is_legacy_line(desc.irq):
+            self._set_line(desc, self.pirq_chip)
+
+    def setup_pirq_line(self, irq: int) -> None:
+        self._set_line(self.irq.irq_to_desc_alloc(irq), self.pirq_chip)
+
+    def clear_pirq_line(self, irq: int) -> None:
+        desc = self.irq.desc(irq)
+        desc.chip, desc.flow, desc.name = self.irq.no_irq_chip, self.irq.handle_bad_irq, None
+
+    def _find_dynirq(self, percpu: bool = False) -> int:
+        irq = self.find_unbound_irq()
+        desc = self.irq.irq_to_desc_alloc(irq)
+        desc.status |= Status2632.NOPROBE
+        self._set_line(desc, self.percpu_chip if percpu else self.dynirq_chip, percpu)
+        return irq
+
+    def _set_type_pirq(self, desc: IrqDesc26, kind: int) -> None:
+        """A trigger type is Xen's to set (EINVAL); that the line is being probed is worth to know."""
+        if kind != IRQ_TYPE_PROBE:
+            raise IrqError(Errno.EINVAL, f"type {kind} of a physical IRQ")
+        self._probing_pirqs.add(desc.irq)
+
+    def _probing(self, desc: IrqDesc26) -> bool:
+        return desc.irq in self._probing_pirqs or bool(desc.status & Status2632.AUTODETECT)
+
+    def startup_pirq(self, desc: IrqDesc26) -> int:
+        super().startup_pirq(desc)
+        self._probing_pirqs.discard(desc.irq)
+        return 0
+
+    # EOIs: where Xen keeps the map, its EOI unmasks the port as well.
+
+    def init_irq(self) -> None:
+        self.init_evtchn_cpu_bindings()
+        machine = self.domain.machine
+        mfn = machine.alloc(1, self.domain.domid)
+        try:
+            physdev.pirq_eoi_gmfn(self.domain, mfn, 1)
+        except XenError:
+            machine.free(mfn)
+        else:
+            self._eoi_map = mfn << PAGE_SHIFT
+        self.mask_all()
+
+    @property
+    def pirq_eoi_does_unmask(self) -> bool:
+        return bool(self._eoi_map)
+
+    def pirq_query_unmask(self, irq: int, pirq: int) -> None:
+        if not self._eoi_map:
+            super().pirq_query_unmask(irq, pirq)
+
+    def pirq_unmask_and_notify(self, port: int, irq: int) -> None:
+        if not self._eoi_map:
+            super().pirq_unmask_and_notify(port, irq)
+            return
+        pirq = self.evtchn_get_xen_pirq(irq)
+        if self.mem[self._eoi_map + (pirq >> 3)] >> (pirq & 7) & 1:
+            self._pirq_eoi(irq)
+        else:
+            self.unmask_evtchn(port)
+
+    # Per-CPU IRQs.
+
+    def evtchn_from_irq(self, irq: int) -> int:
+        """Of a per-CPU IRQ the port of the CPU that executes."""
+        ports = self.percpu_evtchn.get(irq)
+        return super().evtchn_from_irq(irq) if ports is None else ports[self.kernel.cpu]
+
+    def evtchn_from_per_cpu_irq(self, irq: int, cpu: int) -> int:
+        return self.percpu_evtchn[irq][cpu]
+
+    def _note_affinity(self, desc: IrqDesc26, cpu: int) -> None:
+        if desc.status & Status2632.PER_CPU:
+            desc.affinity |= 1 << cpu
+        else:
+            desc.affinity = 1 << cpu
+
+    def _new_percpu_irq(self, kind: int, index: int) -> int:
+        irq = self._find_dynirq(percpu=True)
+        self.irq_bindcount[irq] += 1  # one more than there are ports: it never drops to zero
+        self.irq_info[irq] = self.mk_irq_info(kind, index, 0)
+        self.percpu_evtchn[irq] = [0] * self.nr_cpus
+        return irq
+
+    def _percpu_port(self, irq: int, cpu: int, port: int) -> None:
+        self.evtchn_to_irq[port] = irq
+        self.percpu_evtchn[irq][cpu] = port
+        self.bind_evtchn_to_cpu(port, cpu)
+
+    def _open_percpu(self, irq: int, port: int) -> None:
+        if not self.irq.desc(irq).status & Status2632.DISABLED:
+            self.unmask_evtchn(port)
+
+    def bind_virq_to_irqaction(self, virq: int, cpu: int, action: IrqAction) -> int:
+        """Handle a per-CPU VIRQ on one CPU more; several actions can share it. `action` is known by its identity.
+
+        XenError as EVTCHNOP_bind_virq; IrqError: EINVAL for an action with a dev_id, ENOSPC, and setup_irq's.
+        """
+        if virq not in VIRQS_PER_CPU or action.dev_id is not None:
+            raise IrqError(Errno.EINVAL, f"VIRQ {virq} is not per CPU, or its action has a dev_id")
+        actions = self.virq_actions.setdefault(virq, [])
+        known = next((each for each in actions if each.key is action), None)
+        irq = self.virq_to_irq[cpu][virq]
+        if irq == -1:
+            irq = self._new_percpu_irq(IRQT_VIRQ, virq)
+            for virqs in self.virq_to_irq:
+                virqs[virq] = irq
+        port = self.percpu_evtchn[irq][cpu]
+        if not port:
+            port = evtchn.bind_virq(self.domain, virq, cpu)
+            self._percpu_port(irq, cpu, port)
+        this = known or PerCpuAction(action)
+        this.cpus |= 1 << cpu
+        self.irq_bindcount[irq] += 1
+        if known:
+            self._open_percpu(irq, port)
+            return irq
+        actions.insert(0, this)
+        try:
+            self.irq.setup_irq(self.irq.desc(irq), this.action)
+        except IrqError:
+            self.unbind_from_per_cpu_irq(irq, cpu, action)
+            raise
+        return irq
+
+    def bind_ipi_to_irqaction(self, ipi: int, cpu: int, action: IrqAction) -> int:
+        """A port for an IPI to one CPU more; the IRQ, which the first one starts.
+
+        IrqError: EBUSY where the CPU has it already, ENOSPC. XenError as EVTCHNOP_bind_ipi.
+        """
+        irq = self.ipi_to_irq[ipi]
+        if irq != -1 and self.percpu_evtchn[irq][cpu]:
+            raise IrqError(Errno.EBUSY, f"CPU {cpu} has IPI {ipi}")
+        fresh = irq == -1
+        if fresh:
+            irq = self.ipi_to_irq[ipi] = self._new_percpu_irq(IRQT_IPI, ipi)
+        port = evtchn.bind_ipi(self.domain, cpu)
+        self._percpu_port(irq, cpu, port)
+        self.irq_bindcount[irq] += 1
+        if fresh:
+            action.flags |= IRQF_PERCPU
+            self.irq.setup_irq(self.irq.desc(irq), action)
+        else:
+            self._open_percpu(irq, port)
+        return irq
+
+    def unbind_from_per_cpu_irq(self, irq: int, cpu: int, action: IrqAction | None = None) -> None:
+        """Take one CPU away from a per-CPU IRQ; of a VIRQ only for `action`, the port stays for others there."""
+        port = self.percpu_evtchn[irq][cpu]
+        if not port:
+            return
+        self.mask_evtchn(port)
+        self.irq_bindcount[irq] -= 1
+        freed = None
+        if self.type_from_irq(irq) == IRQT_VIRQ:
+            virq, still_used = self.index_from_irq(irq), False
+            for each in list(self.virq_actions.get(virq, ())):
+                if each.key is action:
+                    each.cpus &= ~(1 << cpu)
+                    if not each.cpus:
+                        self.virq_actions[virq].remove(each)
+                        freed = action
+                elif each.cpus >> cpu & 1:
+                    still_used = True
+            if still_used:
+                port = 0
+        if port:
+            self.irq.desc(irq).affinity &= ~(1 << cpu)
+            self._close(port)
+            self.percpu_evtchn[irq][cpu] = 0
+            self._unmap_percpu(port)
+        if freed is not None:
+            self.irq.free_irq(irq, freed)
+
+    def _unmap_percpu(self, port: int) -> None:
+        del self.evtchn_to_irq[port]
+        self.bind_evtchn_to_cpu(port, 0)  # closed ports are vCPU 0's again
+
+    def unbind_from_irq(self, irq: int) -> None:
+        if irq in self.percpu_evtchn:
+            raise IrqError(Errno.EINVAL, f"IRQ {irq} is per CPU")
+        super().unbind_from_irq(irq)
+
+    # CPUs (time-xen.c, smpboot.c, spinlock.c).
+
+    def _boot_cpu(self) -> None:
+        self._local_setup_timer(0)
+        self._smp_intr_init(0)
+        if self.initial:
+            self.setup_io_apic()
+        self._mcheck_init(0)
+
+    def _local_setup_timer(self, cpu: int) -> None:
+        self.bind_virq_to_irqaction(VIRQ_TIMER, cpu, self._timer_action)
+
+    def _smp_intr_init(self, cpu: int) -> None:
+        for ipi, (name, handler) in enumerate(self._ipi_handlers):
+            fresh = self.ipi_to_irq[ipi] == -1
+            irq = self.bind_ipi_to_irqaction(ipi, cpu, IrqAction(handler, IRQF_DISABLED, name, None))
+            if fresh and ipi == SPIN_UNLOCK_VECTOR:
+                self.irq.disable_irq(irq)  # polled for, never delivered
+
+    def _mcheck_init(self, cpu: int) -> None:
+        if self.initial:
+            self._stat[cpu].mce_poll += 1  # each CPU polls its banks once as it comes up
+
+    def cpu_up(self, cpu: int) -> None:
+        self._smp_intr_init(cpu)
+        self._local_setup_timer(cpu)
+        self.irq.online |= 1 << cpu
+        vcpu = self.domain.vcpus[cpu]
+        vcpu.up, vcpu.blocked = True, False
+        self._mcheck_init(cpu)
+
+    def cpu_down(self, cpu: int) -> None:
+        self.irq.online &= ~(1 << cpu)
+        self._fixup_irqs()
+        self.unbind_from_per_cpu_irq(self.virq_to_irq[cpu][VIRQ_TIMER], cpu, self._timer_action)
+        for irq in self.ipi_to_irq:
+            self.unbind_from_per_cpu_irq(irq, cpu)
+
+    def _fixup_irqs(self) -> None:
+        """Move each line in use that may notify a CPU that is offline."""
+        online = self.irq.online
+        for desc in list(self.irq.descs.values()):
+            if not desc.actions or desc.status & Status2632.PER_CPU or not desc.affinity & ~online:
+                continue
+            if desc.chip.mask is not None:
+                desc.chip.mask(desc)
+            if desc.chip.set_affinity is not None:
+                desc.chip.set_affinity(desc, desc.affinity & online or online)
+            # The kernel opens disabled lines too here, which loses their next event.
+            if desc.chip.unmask is not None and not desc.status & Status2632.DISABLED:
+                desc.chip.unmask(desc)
+
+    def notify_remote_via_ipi(self, ipi: int, cpu: int) -> None:
+        irq = self.ipi_to_irq[ipi]
+        port = self.percpu_evtchn[irq][cpu] if irq != -1 else 0
+        if port:
+            with contextlib.suppress(XenError):
+                evtchn.send(self.domain, port)
+
+    def send_ipi(self, cpu: int, ipi: Ipi) -> None:
+        self.notify_remote_via_ipi(_VECTOR[ipi], cpu)
+
+    def poll_spinlock(self, cpu: int) -> bool:
+        """A CPU that waits for a lock polls its port: has the lock's holder notified it? Each time counts."""
+        irq = self.ipi_to_irq[SPIN_UNLOCK_VECTOR]
+        port = self.percpu_evtchn[irq][cpu]
+        if not port or not self.test_evtchn(port):
+            return False
+        self.clear_evtchn(port)
+        self.irq.desc(irq).kstat[cpu] += 1
+        return True
+
+    def notify_remote_via_irq(self, irq: int) -> None:
+        """IrqError(EINVAL) for a per-CPU IRQ, whose other end is this kernel itself."""
+        if irq in self.percpu_evtchn:
+            raise IrqError(Errno.EINVAL, f"IRQ {irq} is per CPU")
+        super().notify_remote_via_irq(irq)
+
+    def _ignore_interrupt(self, irq: int, dev_id: object) -> IrqReturn:
+        return IRQ_HANDLED
+
+    # Drivers.
+
+    def _init_mce(self) -> None:
+        self.bind_virq_to_irqhandler(VIRQ_MCA, 0, self._ignore_interrupt, 0, "mce")
+
+    def _init_console(self) -> None:
+        self.console_irq = self.bind_virq_to_irqhandler(VIRQ_CONSOLE, 0, self._console_interrupt, 0, "console")
+
+    # Resume.
+
+    def evtchn_resume(self) -> bool:
+        """The domain runs on, perhaps with new event channels: then bind VIRQs and IPIs again, forget all other ports.
+
+        False: its old ones are still there, as the suspend was cancelled. No pirq may be bound.
+        """
+        timer = self.percpu_evtchn[self.virq_to_irq[0][VIRQ_TIMER]][0]
+        with contextlib.suppress(XenError):
+            status = evtchn.status(self.domain, DOMID_SELF, timer)
+            if status.status == EVTCHNSTAT_virq and status.vcpu == 0 and status.virq == VIRQ_TIMER:
+                return False
+        assert not any(info & self.evtchn_mask for info in self.irq_info[: self.nr_pirqs]), "a pirq is still bound"
+        self.init_evtchn_cpu_bindings()
+        if self._eoi_map:
+            with contextlib.suppress(XenError):  # the hypervisor kept it
+                physdev.pirq_eoi_gmfn(self.domain, self._eoi_map >> PAGE_SHIFT, 1)
+        self.mask_all()
+        for irq in range(self.nr_irqs):
+            self.irq_info[irq] &= ~self.evtchn_mask
+        self.evtchn_to_irq.clear()
+        for cpu in range(self.nr_cpus):
+            self._restore_cpu_virqs(cpu)
+            self._restore_cpu_ipis(cpu)
+        return True
+
+    def _restore_cpu_virqs(self, cpu: int) -> None:
+        for virq in range(NR_VIRQS):
+            irq = self.virq_to_irq[cpu][virq]
+            if irq == -1:
+                continue
+            ports = self.percpu_evtchn.get(irq)
+            if ports is None:
+                port = evtchn.bind_virq(self.domain, virq, cpu)
+                self._bound(irq, IRQT_VIRQ, virq, port)
+                self.bind_evtchn_to_cpu(port, cpu)
+            elif ports[cpu]:
+                port = evtchn.bind_virq(self.domain, virq, cpu)
+                self._percpu_port(irq, cpu, port)
+            else:
+                continue
+            self.unmask_evtchn(port)
+
+    def _restore_cpu_ipis(self, cpu: int) -> None:
+        for irq in self.ipi_to_irq:
+            if irq != -1 and self.percpu_evtchn[irq][cpu]:
+                port = evtchn.bind_ipi(self.domain, cpu)
+                self._percpu_port(irq, cpu, port)
+                self._open_percpu(irq, port)
+
+    def resume(self, start_info: StartInfo) -> None:
+        """After save and restore: event channels, xenbus, console. Drivers connect again by themselves."""
+        self.start_info = start_info
+        self.store_port, self.console_port = start_info.store_port, start_info.console_port
+        if self.evtchn_resume():
+            self.init_xenbus()
+            self.init_xencons_ring()
+
+    # What userland sees.
+
+    def interrupts(self) -> str:
+        return interrupts_suse(self.irq, self._stat, mce=True, style=self.style)
