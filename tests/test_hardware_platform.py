@@ -178,6 +178,26 @@ def test_a_table_that_cant_be(bare: Rig, row: dict[str, object], message: str) -
     assert str(error.value).startswith(message)
     assert error.value.device == 1
     assert not bare.rows().get(8)
+    assert not bare.hypervisor.irqs.bus
+
+
+def test_slots(bare: Rig) -> None:
+    """A device without a slot gets the next whole device of bus 0."""
+    table = [
+        {"type": "nic", "name": "a", "slot": "00:01.3"},
+        {"type": "nic", "name": "b"},
+        {"type": "nic", "name": "c", "slot": "1f:1f.7"},
+    ]
+    platform = build(table, bare.kernel)
+    assert [nic.pci.sbdf for nic in platform.all(NicDriver)] == [0x000B, 0x0010, 0x1FFF]
+    assert list(bare.hypervisor.irqs.bus) == [0x000B, 0x0010, 0x1FFF]
+    more = build([{"type": "nic"}], bare.kernel)
+    assert more.device("nic", NicDriver).pci.sbdf == 0x0018
+    with pytest.raises(HardwareError, match=r"slot 00:02.0 of d is taken by another device"):
+        build([{"type": "nic", "name": "d", "slot": "00:02.0"}], bare.kernel)
+    many = [{"type": "nic", "name": f"e{i}"} for i in range(40)]
+    with pytest.raises(HardwareError, match=r"no slot of bus 0 is free for e28: give it one"):
+        build(many, bare.kernel)
 
 
 def test_unknown_machine(bare: Rig) -> None:

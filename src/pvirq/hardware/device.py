@@ -82,7 +82,7 @@ class Board:
         self.kernel = kernel
         self.hypervisor = kernel.domain.hypervisor
         self.clock = kernel.clock
-        self._slots: dict[int, str] = {}
+        self._slots: dict[int, str] = {}  # what this board has plugged in
 
     def pin(self, gsi: int) -> Pin:
         """A new pin on an I/O APIC input. HardwareError where there is no such input."""
@@ -96,19 +96,27 @@ class Board:
 
         HardwareError where that slot is taken or can't be.
         """
+        bus = self.hypervisor.irqs.bus
         if slot:
             match = re.fullmatch(r"([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", slot)
             if match is None:
                 raise HardwareError(f"slot {slot!r} of {name}: expected bus:device.function, for example '00:1f.2'")
             bdf = int(match[1], 16) << 8 | int(match[2], 16) << 3 | int(match[3])
         else:
-            bdf = next((dev << 3 for dev in range(1, 32) if not any(at >> 3 == dev for at in self._slots)), -1)
+            taken = {at >> 3 for at in bus}
+            bdf = next((device << 3 for device in range(1, 32) if device not in taken), -1)
             if bdf < 0:
                 raise HardwareError(f"no slot of bus 0 is free for {name}: give it one, for example slot = '01:00.0'")
-        if bdf in self._slots:
-            raise HardwareError(f"slot {slot} of {name} is taken by {self._slots[bdf]}")
+        if bdf in bus:
+            raise HardwareError(f"slot {slot} of {name} is taken by {self._slots.get(bdf, 'another device')}")
         self._slots[bdf] = name
         return PciDevice(self.hypervisor, bdf, vectors=vectors, msix=msix)
+
+    def unplug_all(self) -> None:
+        """Nothing that this board has plugged in is there any more. Only before a driver has found it."""
+        for bdf in self._slots:
+            del self.hypervisor.irqs.bus[bdf]
+        self._slots.clear()
 
 
 class Driver(ABC):

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from pvirq.abi.errno import Errno
 from pvirq.hardware.device import Board, Declaration, Driver, HardwareError
 from pvirq.linux.kernel import KernelTimer
+from pvirq.xen.memory import MAP_NORESERVE
 from pvirq.xen.timer import NS_PER_S
 
 SECTOR: Final = 512
@@ -74,7 +75,14 @@ class Medium:
             except OSError as error:
                 raise HardwareError(f"{path}: {error.strerror}") from error
         else:
-            self._data = mmap.mmap(-1, size)
+            # Only pages that were written take memory.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            try:
+                self._data = mmap.mmap(-1, size, flags=flags)
+            except OSError as error:
+                raise HardwareError(
+                    f"a disk of {size} bytes: {error.strerror}; with a file it needs no memory"
+                ) from error
 
     def take_turn(self, sector: int, count: int) -> int:
         """The moment, in ns, at which a command given now will be done; 0 sectors: just the fixed part."""

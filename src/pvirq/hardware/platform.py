@@ -201,27 +201,26 @@ def build(machine: str | DeviceTable, kernel: Kernel[Any]) -> Platform:
                 raise _error("name", f"name {name!r} is taken by another device: expected one of its own")
             drivers[name] = declaration.make(board)
         except HardwareError as error:
+            board.unplug_all()
             error.device = i
             raise
         declarations[name] = declaration
-    last: dict[tuple[str, ...], str] = {}
+    last: dict[str, str] = {}  # what was put behind a driver, so that the table's order is kept
     for name, driver in drivers.items():
         if kernel.irq.online:
             driver.bind()
-            continue
-        behind = declarations[name].behind
-        label = f"{driver.module} {name}"
-        anchors = (last[behind],) if behind in last else behind + _BEHIND
-        _initcall(kernel, anchors, label, driver)
-        last[behind] = label
+        else:
+            _initcall(kernel, declarations[name].behind + _BEHIND, last, driver)
     return Platform(kernel, drivers)
 
 
-def _initcall(kernel: Kernel[Any], anchors: Sequence[str], label: str, driver: Driver) -> None:
+def _initcall(kernel: Kernel[Any], anchors: Sequence[str], last: dict[str, str], driver: Driver) -> None:
+    label = f"{driver.module} {driver.name}"
     for anchor in anchors:
         try:
-            kernel.events.initcall_after(anchor, label, driver.bind)
-            return
+            kernel.events.initcall_after(last.get(anchor, anchor), label, driver.bind)
         except KeyError:
             continue
+        last[anchor] = label
+        return
     raise HardwareError(f"the kernel has no driver that hardware could follow: expected one of {', '.join(anchors)}")
