@@ -61,6 +61,7 @@ class EventsPirq(EventsBase):
         self._eoi_map = 0  # where in memory Xen keeps a bit for each pirq that wants an EOI; 0: nowhere
         self._nr_legacy = 0  # descriptors that are there from the start
         self._pirqs: dict[int, IrqInfo] = {}  # by IRQ, in the order of binding
+        self._gsi_to_irq: dict[int, int] = {}
         self._msi: dict[PciDevice, list[int]] = {}
         self.pirq_chip = IrqChip(
             "xen-pirq",
@@ -87,8 +88,10 @@ class EventsPirq(EventsBase):
             for irq in range(NR_IRQS_LEGACY):
                 self.irq.alloc_desc(irq).node = 0
             for irq, level in isa_lines.items():
-                with contextlib.suppress(IrqError):
+                try:
                     self._register_pirq(irq, level)
+                except IrqError:
+                    continue  # it is in the log
         machine = self.domain.machine
         mfn = machine.alloc(1, self.domain.domid)
         try:
@@ -160,7 +163,7 @@ class EventsPirq(EventsBase):
 
     def xen_irq_from_gsi(self, gsi: int) -> int:
         """The IRQ of a GSI, -1 without."""
-        return next((irq for irq, info in self._pirqs.items() if info.gsi == gsi), -1)
+        return self._gsi_to_irq.get(gsi, -1)
 
     def xen_irq_from_pirq(self, pirq: int) -> int:
         """The IRQ of a pirq, -1 without."""
@@ -187,6 +190,8 @@ class EventsPirq(EventsBase):
     def _pirq_setup(self, desc: IrqDesc, pirq: int, gsi: int, domid: int, flags: int) -> IrqInfo:
         info = IrqInfo(desc, IrqType.PIRQ, index=pirq, gsi=gsi, domid=domid, flags=flags, mask_reason=MASK_EXPLICIT)
         desc.chip_data = self._pirqs[desc.irq] = info
+        if gsi:
+            self._gsi_to_irq[gsi] = desc.irq
         return info
 
     def xen_bind_pirq_gsi_to_irq(self, gsi: int, pirq: int, shareable: bool, name: str) -> int:
@@ -278,7 +283,8 @@ class EventsPirq(EventsBase):
         self._free_irq(info)
 
     def _free_irq(self, info: IrqInfo) -> None:
-        self._pirqs.pop(info.irq, None)
+        if self._pirqs.pop(info.irq, None) is not None:
+            self._gsi_to_irq.pop(info.gsi, None)
         if info.irq < self._nr_legacy:  # a descriptor of the architecture's, which stays
             self.lateeoi.forget(info)
             info.desc.chip_data = None
@@ -288,9 +294,8 @@ class EventsPirq(EventsBase):
     def enable_msi(self, device: PciDevice, count: int = 1, *, msix: bool = False) -> list[int]:
         """IRQs for a device's first `count` messages: several of MSI are one group, of MSI-X each is its own.
 
-        In a guest its PCI frontend gets the pirqs, and only one message of MSI. XenError as PHYSDEVOP_map_pirq;
-        IrqError: EINVAL for a device that has them already, ENOSPC where there aren't so many, ENOSYS without a
-        frontend.
+        In a guest its PCI frontend gets the pirqs. XenError as PHYSDEVOP_map_pirq; IrqError: EINVAL for a device
+        that has them already, ENOSPC where several of MSI can't be had, ENOSYS without a frontend.
         """
         if device in self._msi:
             raise IrqError(Errno.EINVAL, "its messages are enabled already")
@@ -311,7 +316,10 @@ class EventsPirq(EventsBase):
             physdev.pci_device_add(domain, device.sbdf)  # on the real one, as the bus is scanned (drivers/xen/pci.c)
         if not msix and count > 1:
             info = MsiInfo(device.sbdf, count)
-            first = physdev.map_pirq(domain, DOMID_SELF, MAP_PIRQ_TYPE_MULTI_MSI, -1, -1, info)
+            try:
+                first = physdev.map_pirq(domain, DOMID_SELF, MAP_PIRQ_TYPE_MULTI_MSI, -1, -1, info)
+            except XenError as error:
+                raise IrqError(Errno.ENOSPC, f"not several messages of MSI: {error.why}") from error
             return [[first + i for i in range(count)]]
         groups: list[list[int]] = []
         try:
