@@ -104,7 +104,9 @@ def test_a_line_that_nobody_serves_is_given_up(rig: Rig) -> None:
     assert rig.count(16) == 10_000 + 10_001
     assert "nobody cared" not in rig.log()
     rig.sleep(200_000_000)
-    assert rig.count(16) == 100_000
+    # 2.6.18 has the line off only when it interrupts once more.
+    given_up = 100_000 + (rig.kernel_name == "2.6.18")
+    assert rig.count(16) == given_up
     assert "irq 16: nobody cared (try booting with the" in rig.log()
     assert "Disabling IRQ #16" in rig.log()
     assert rig.hypervisor.ioapic.line(16).asserted
@@ -112,7 +114,7 @@ def test_a_line_that_nobody_serves_is_given_up(rig: Rig) -> None:
     other = rig.platform.device("usb3", UsbDriver)
     other.controller.plug()
     rig.run()
-    assert rig.count(16) == 100_000
+    assert rig.count(16) == given_up
 
 
 def test_a_handler_that_lies_storms_for_good(rig: Rig) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardwarelib import KERNELS, Rig
+from hardwarelib import COUNTS_DISABLED, FORGETS_DISABLED, KERNELS, Rig
 from pvirq.abi.errno import Errno
 from pvirq.hardware.ata import AtaDriver
 from pvirq.hardware.device import Board
@@ -162,7 +162,7 @@ def test_a_lost_interrupt_is_found_after_half_a_minute(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_completions_while_the_line_is_off_are_one_interrupt(kernel: str) -> None:
-    """AHCI notes each; the first look finds all."""
+    """AHCI notes each; the first look finds all. Where the kernel forgets the message, that is the timeout's."""
     for controller in ("ahci-msi", "ahci-line"):
         rig = DiskRig(controller, kernel)
         irq = rig.irq_of("ahci")
@@ -171,8 +171,10 @@ def test_completions_while_the_line_is_off_are_one_interrupt(kernel: str) -> Non
             rig.submit(i, 1)
         assert not rig.wait()
         rig.kernel.irq.enable_irq(irq)
-        assert len(rig.wait()) == 10
-        assert rig.interrupts == 1
+        forgets = controller == "ahci-msi" and kernel in FORGETS_DISABLED
+        assert len(rig.wait()) == (0 if forgets else 10)
+        assert len(rig.wait(TIMEOUT_NS)) == (10 if forgets else 0)
+        assert rig.interrupts == 1 + (kernel in COUNTS_DISABLED and not forgets)
         rig.close()
 
 

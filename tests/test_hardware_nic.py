@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardwarelib import KERNELS, Rig
-from pvirq.hardware.nic import FRAME_GAP, FRAME_MAX, RING, NicDriver
+from hardwarelib import COUNTS_DISABLED, FORGETS_DISABLED, KERNELS, Rig
+from pvirq.hardware.nic import FRAME_GAP, FRAME_MAX, RING, RXDMT0, NicDriver
 from pvirq.linux.irq import IRQ_NONE
 from pvirq.xen.timer import NS_PER_S
 
@@ -39,6 +39,11 @@ def rig(request: pytest.FixtureRequest) -> Iterator[NicRig]:
     rig = NicRig(kernel, gsi=gsi)
     yield rig
     rig.close()
+
+
+def forgets(rig: NicRig) -> bool:
+    """Is a message that comes while its IRQ is disabled lost?"""
+    return rig.kernel_name in FORGETS_DISABLED and rig.irq_of("peth0") != 17
 
 
 def test_coming_up(rig: NicRig) -> None:
@@ -94,7 +99,10 @@ def test_frames_while_the_line_is_off_are_one_interrupt(rig: NicRig) -> None:
     assert not rig.received
     rig.kernel.irq.enable_irq(irq)
     rig.run()
-    assert (len(rig.received), rig.interrupts) == (100, 1)
+    if forgets(rig):
+        assert (len(rig.received), rig.interrupts) == (0, 1)
+    else:
+        assert (len(rig.received), rig.interrupts) == (100, 1 + (rig.kernel_name in COUNTS_DISABLED))
 
 
 def test_without_buffers_frames_are_missed(rig: NicRig) -> None:
@@ -104,6 +112,8 @@ def test_without_buffers_frames_are_missed(rig: NicRig) -> None:
     rig.sleep(NS_PER_S)
     assert rig.nic.card.missed == 10
     rig.kernel.irq.enable_irq(rig.irq_of("peth0"))
+    if forgets(rig):
+        rig.nic.card.write_ics(RXDMT0)  # as e1000's watchdog does
     rig.run()
     assert len(rig.received) == RING - 1
     rig.nic.wire.send(FRAME)

@@ -74,6 +74,7 @@ class Ahci:
     def _finish(self, slot: int, sector: int, count: int, data: bytes | None) -> None:
         del self._work[slot]
         self._active &= ~(1 << slot)
+        noted = bool(self._port_status)
         self._port_status |= PORT_SDB_FIS
         if not self.medium.fits(sector, count):
             self._failed |= 1 << slot
@@ -82,7 +83,8 @@ class Ahci:
             self.buffers[slot] = self.medium.read(sector, count)
         else:
             self.medium.write(sector, data)
-        self._interrupt.raise_()
+        if not noted:
+            self._interrupt.raise_()
 
 
 class AhciDriver(BlockDriver):

@@ -36,10 +36,11 @@ class HardwareError(ValueError):
 
 
 class Interrupt(Protocol):
-    """A device's interrupt output."""
+    """A device's interrupt output: a pin, which it holds, or a message, which is sent once."""
 
     def raise_(self) -> None:
-        """The device wants service; again while it does already: nothing new."""
+        """The device has one more reason to want service. That changes nothing at a pin which is up; a message is sent
+        each time."""
 
     def lower(self) -> None:
         """The device has been served."""
@@ -59,20 +60,17 @@ class Pin:
 
 
 class Message:
-    """Message `entry` of a PCI device: sent as the device's want of service begins; lowering it sends nothing."""
+    """Message `entry` of a PCI device."""
 
     def __init__(self, pci: PciDevice, entry: int = 0) -> None:
         self._pci = pci
         self._entry = entry
-        self._raised = False
 
     def raise_(self) -> None:
-        if not self._raised:
-            self._raised = True
-            self._pci.raise_msi(self._entry)
+        self._pci.raise_msi(self._entry)
 
     def lower(self) -> None:
-        self._raised = False
+        pass
 
 
 class Board:

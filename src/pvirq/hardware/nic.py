@@ -1,8 +1,8 @@
 """A network card like Intel's e1000, the wire it hangs on, and the driver's interrupt side with NAPI.
 
-The card's one interrupt, an MSI or a shared level line, is up while an unmasked cause is set; reading the cause
-register clears all. The driver's handler masks all causes and leaves the rings to its poll, which unmasks them when it
-has found less than its budget: what comes meanwhile costs no interrupt of its own.
+The card's one interrupt is a level line, which is up while an unmasked cause is set, or an MSI, which is sent as one
+becomes set; reading the cause register clears all. The driver's handler masks all causes and leaves the rings to its
+poll, which unmasks them when it has found less than its budget: what comes meanwhile costs no interrupt of its own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from pvirq.xen.timer import NS_PER_S
 # Interrupt causes (ICR).
 TXDW: Final = 0x01
 LSC: Final = 0x04
+RXDMT0: Final = 0x10
 RXO: Final = 0x40
 RXT0: Final = 0x80
+
+CAUSES: Final = TXDW | LSC | RXDMT0 | RXO | RXT0  # what the driver unmasks
 
 RING: Final = 256
 BUDGET: Final = 64  # NAPI's
@@ -107,8 +110,10 @@ class E1000:
 
     def write_ims(self, causes: int) -> None:
         """Unmask causes; one that is set interrupts."""
+        fresh = causes & ~self._ims
         self._ims |= causes
-        self._cause(0)
+        if self._icr & fresh:
+            self._want()
 
     def write_imc(self, causes: int) -> None:
         """Mask causes."""
@@ -154,8 +159,13 @@ class E1000:
         self._cause(RXT0)
 
     def _cause(self, causes: int) -> None:
+        fresh = causes & ~self._icr
         self._icr |= causes
-        if self._icr & self._ims and not self._throttled.pending:
+        if fresh & self._ims:
+            self._want()
+
+    def _want(self) -> None:
+        if not self._throttled.pending:
             wait = self._next_interrupt - self._board.clock.now()
             if wait > 0:
                 self._throttled.after(wait)
@@ -205,7 +215,7 @@ class NicDriver(Driver):
         self.card.read_icr()
         self.request_irq(irq, self._interrupt, 0 if self._gsi is None else IRQF_SHARED, self._row)
         self.card.write_rdt(RING - 1)
-        self.card.write_ims(TXDW | LSC | RXO | RXT0)
+        self.card.write_ims(CAUSES)
         self.card.set_link(True)
 
     def remove(self) -> None:
@@ -276,7 +286,7 @@ class NicDriver(Driver):
             self.kernel.queue_work(self._poll)
         else:
             self._polling = False
-            card.write_ims(TXDW | LSC | RXO | RXT0)
+            card.write_ims(CAUSES)
 
 
 @dataclass(frozen=True)
