@@ -25,7 +25,7 @@ def settle(kernel: Kernel[Pvops]) -> None:
     """Let it run and time pass until nothing is left to do."""
     clock = kernel.clock
     while True:
-        ready = [vcpu for vcpu in kernel.domain.vcpus if vcpu.runnable and vcpu.event_pending()]
+        ready = [vcpu for vcpu in kernel.domain.vcpus if vcpu.runnable]
         for vcpu in ready:
             kernel.run(vcpu)
         if not ready:
@@ -138,10 +138,24 @@ def test_waking_a_thread_of_another_cpu_is_a_reschedule_interrupt(kernel: Kernel
     thread = kernel.spawn("there", go.wait(), cpu=1)
     settle(kernel)
     before = count(kernel, "resched1")
-    go.complete(None)
+
+    def waker() -> Body[None]:
+        go.complete(None)
+        yield from ()
+
+    kernel.spawn("here", waker(), cpu=0)
     settle(kernel)
     assert thread.done
     assert count(kernel, "resched1") == before + 1
+
+
+def test_waking_from_outside_is_no_interrupt(kernel: Kernel[Pvops]) -> None:
+    settle(kernel)
+    before = kernel.proc_interrupts()
+    thread = kernel.spawn("from outside", sleep(kernel, 0), cpu=1)
+    settle(kernel)
+    assert thread.done
+    assert kernel.proc_interrupts() == before
 
 
 def test_compute_ticks(kernel: Kernel[Pvops]) -> None:

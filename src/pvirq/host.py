@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -18,6 +19,8 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import VIRQ_DOM_EXC
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
+from pvirq.hardware import platform
+from pvirq.hardware.platform import DeviceTable
 from pvirq.linux import personalities
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personalities import KernelFactory
@@ -27,7 +30,9 @@ from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.backends import Backends
 from pvirq.toolstack.daemons import Daemons
+from pvirq.toolstack.devices import DeviceRef, Disk, Nic
 from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
@@ -50,12 +55,14 @@ class Host:
 
     def __init__(
         self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True,
-        dom0_kernel: str | KernelFactory = "pvops", wallclock: float = 0, machine_memory: int = 16 << 30,
+        dom0_kernel: str | KernelFactory = "pvops", hardware: str | DeviceTable = "none", wallclock: float = 0,
+        machine_memory: int = 16 << 30,
     ) -> None:  # fmt: skip
         """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes.
 
-        `dom0_kernel` is what the modelled domain 0 runs: a name of `pvirq.linux.personalities`, or a factory. With
-        `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
+        `dom0_kernel` is what the modelled domain 0 runs: a name of `pvirq.linux.personalities`, or a factory, and
+        `hardware` what it has for devices: a machine of `pvirq.hardware.platform`, or a table of devices
+        (HardwareError). With `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
         """
         self.engine_name = engine
         self.hypervisor = Hypervisor(Machine(machine_memory), Clock())
@@ -78,12 +85,13 @@ class Host:
         self.clock.on_earlier = self._earlier_deadline
         self.has_dom0 = dom0
         if dom0:
-            self._start_dom0(dom0_vcpus, _factory(dom0_kernel))
+            self._start_dom0(dom0_vcpus, _factory(dom0_kernel), hardware)
 
-    def _start_dom0(self, vcpus: int, factory: KernelFactory) -> None:
+    def _start_dom0(self, vcpus: int, factory: KernelFactory, hardware: str | DeviceTable) -> None:
         domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
         self.dom0 = Kernel(domain, lambda kernel: factory(kernel, start_info=StartInfo(initial=True)))
         self._kernels[0] = self.dom0
+        self.platform = platform.build(hardware, self.dom0)
         self.dom0.boot()
         self.daemons = Daemons(self.hypervisor, self.dom0)
         self.xenstored, self.store = self.daemons.xenstored, self.daemons.store
@@ -150,6 +158,27 @@ class Host:
         guest.boot()
         return guest
 
+    @cached_property
+    def backends(self) -> Backends:
+        """Domain 0's block and network backends, its block devices and bridges. They start with their first use."""
+        return Backends(self.dom0, self.daemons.xs, self.store, self.platform)
+
+    def attach_disk(self, guest: ModelledGuest, vdev: str, device: str, *, readonly: bool = False) -> DeviceRef:
+        """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda", `device` one of domain 0's.
+
+        It connects as the host runs. XenError(EEXIST), ValueError for a `vdev` that is none.
+        """
+        disk = Disk(vdev, device, readonly)
+        self.backends.manager.attach_disk(guest.domain.domid, disk)
+        return DeviceRef(guest.domain.domid, "vbd", disk.devid)
+
+    def attach_nic(self, guest: ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0") -> DeviceRef:
+        """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST)."""
+        domid = guest.domain.domid
+        mac = mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
+        self.backends.manager.attach_nic(domid, Nic(devid, mac, bridge))
+        return DeviceRef(domid, "vif", devid)
+
     def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
         if isinstance(guest, ModelledGuest):
@@ -176,6 +205,8 @@ class Host:
         if guest not in self.modelled:
             return
         self.modelled.remove(guest)
+        if "backends" in self.__dict__:
+            self.backends.manager.detach_all(guest.domain.domid)
         guest.release()
         del self._kernels[guest.domain.domid]
         self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not guest.domain}

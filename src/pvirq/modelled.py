@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from pvirq.abi.errno import Errno, XenError
+from pvirq.drivers.blkfront import BlkFront
 from pvirq.drivers.console import Console
+from pvirq.drivers.netfront import NetFront, netfront
+from pvirq.drivers.xenbus import Driver, Xenbus
+from pvirq.drivers.xencons import XenCons
+from pvirq.drivers.xs import Xs
 from pvirq.linux.kernel import Kernel
+from pvirq.linux.kthread import Body, sleep
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.daemons import Ends
+from pvirq.toolstack.devices import vdev_number
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 from pvirq.xen.grant import GrantTable
@@ -18,13 +27,19 @@ from pvirq.xen.grant import GrantTable
 if TYPE_CHECKING:
     from pvirq.host import Host
 
+D = TypeVar("D", bound=Driver)
+
+T = TypeVar("T")
+
+PROBE_NS: Final = 1_000_000  # how often somebody looks who waits for a device
 MEMORY_KIB: Final = 64 << 10  # what xenstore is told; only the frames in use are really there
 
 
 class ModelledGuest:
     """One modelled guest of a host. Made by `Host.model`; gone with `Host.destroy` or the host.
 
-    `kernel` is its kernel, `console` the host's end of its console.
+    `kernel` is its kernel, `console` the host's end of its console, `xencons` the guest's; `xs` is the kernel's
+    connection to xenstore, `xenbus` its split drivers: blkfront and netfront are built in.
     """
 
     def __init__(self, host: Host, domain: Domain, factory: KernelFactory, name: str) -> None:
@@ -42,6 +57,9 @@ class ModelledGuest:
         start_info = StartInfo(False, store_port, store_mfn, console_port, console_mfn)
         self.kernel: Kernel[Personality] = Kernel(domain, lambda kernel: factory(kernel, start_info=start_info))
         cpus = len(domain.vcpus)
+        self.xs = Xs(self.kernel, machine.page(store_mfn), store_port)
+        self.xencons = XenCons(self.kernel, machine.page(console_mfn), console_port)
+        self.xenbus = Xenbus(self.kernel, self.xs)
         self._dom0_ports: Ends | None = host.daemons.connect(
             domain,
             self.console,
@@ -53,6 +71,9 @@ class ModelledGuest:
 
     def boot(self) -> None:
         """Boot the kernel; its drivers go on when the host runs."""
+        self.kernel.events.initcall_after(
+            "xenbus", "frontends", lambda: self.xenbus.start_frontends({"vbd": BlkFront, "vif": netfront()})
+        )
         self.kernel.boot()
 
     def release(self) -> None:
@@ -62,6 +83,46 @@ class ModelledGuest:
             self.host.daemons.disconnect(self.domain, ends)
         self.console.close()
         toolstack.remove_domain(self.host.store, self.domain.domid, self.uuid)
+
+    def disk(self, vdev: str) -> BlkFront:
+        """A disk of its, as "xvda". XenError(ENXIO): it has no such disk (yet)."""
+        return self._device("vbd", vdev_number(vdev), BlkFront)
+
+    def nic(self, devid: int = 0) -> NetFront:
+        """A network interface of its, by number. XenError(ENXIO)."""
+        return self._device("vif", devid, NetFront)
+
+    def has_nic(self, devid: int) -> bool:
+        """There is such an interface, and it is connected."""
+        try:
+            return self.nic(devid).ready.done
+        except XenError:
+            return False
+
+    def wait_disk(self, vdev: str) -> Body[BlkFront]:
+        """Wait in a thread of the guest's until a disk is there and connected."""
+        disk = yield from self._wait_device(lambda: self.disk(vdev))
+        yield from disk.connected()
+        return disk
+
+    def wait_nic(self, devid: int = 0) -> Body[NetFront]:
+        """The same for a network interface."""
+        nic = yield from self._wait_device(lambda: self.nic(devid))
+        yield from nic.connected()
+        return nic
+
+    def _wait_device(self, find: Callable[[], T]) -> Body[T]:
+        while True:
+            try:
+                return find()
+            except XenError:
+                yield from sleep(self.kernel, PROBE_NS)
+
+    def _device(self, kind: str, devid: int, driver: type[D]) -> D:
+        device = self.xenbus.frontends.devices.get(f"device/{kind}/{devid}")
+        if device is None or not isinstance(device.driver, driver):
+            raise XenError(Errno.ENXIO, f"{self.name} has no {kind} {devid}")
+        return device.driver
 
     def proc_interrupts(self) -> str:
         """The text of its /proc/interrupts."""

@@ -13,6 +13,7 @@ import pvirq
 from pvirq.cli.boot import boot
 from pvirq.cli.cache import cache, fetch
 from pvirq.cli.messages import Messages
+from pvirq.cli.model import model
 from pvirq.cli.terminal import OutputClosed
 
 EXIT_ERROR: Final = 1
@@ -24,6 +25,7 @@ EPILOG: Final = """\b
 Try:
   pvirq boot --exec 'cat /proc/interrupts'
   pvirq boot --shell
+  pvirq model writeup-dom0
 """
 
 
@@ -34,6 +36,7 @@ def cli() -> None:
 
 
 cli.add_command(boot)
+cli.add_command(model)
 cli.add_command(fetch)
 cli.add_command(cache)
 
@@ -76,14 +79,15 @@ def run(args: list[str] | None = None) -> int:
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """What a wrong kernel, initrd, option or cache raises."""
+    """What a wrong kernel, initrd, option, scenario or cache raises."""
+    from pvirq.scenario.schema import ScenarioError
     from pvirq.toolstack.cache import CacheError
     from pvirq.toolstack.cpio import CpioError
     from pvirq.toolstack.kernels import BusyboxNotFound, KernelNotFound
     from pvirq.toolstack.packages import FetchError
 
     own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError)
-    return (*own, KernelNotFound, BusyboxNotFound, CacheError, FetchError, CpioError)
+    return (*own, KernelNotFound, BusyboxNotFound, CacheError, FetchError, CpioError, ScenarioError)
 
 
 def _with_hint(error: click.ClickException) -> str:

@@ -96,11 +96,17 @@ class Kernel(Generic[P]):
     # Coming up, going down.
 
     def boot(self) -> None:
-        """Boot; afterwards every vCPU is up and blocks until an event comes."""
-        self.events.boot()
+        """Boot; afterwards every vCPU is up and blocks until an event comes, or has work left from its boot."""
+        self._running = True
+        try:
+            self.events.boot()
+        finally:
+            self._running = False
         for cpu, vcpu in enumerate(self.domain.vcpus):
             if self.online(cpu):
                 sched.block(vcpu)
+                if self._cpus[cpu].work:
+                    vcpu.kick()
 
     def online(self, cpu: int) -> bool:
         return bool(self.irq.online >> cpu & 1)
@@ -166,11 +172,16 @@ class Kernel(Generic[P]):
     # Work for this and other CPUs.
 
     def queue_work(self, work: Callable[[], object], cpu: int | None = None) -> None:
-        """Run `work` in process context: on this CPU, or on another, which a reschedule IPI wakes."""
+        """Run `work` in process context: on this CPU, or on another, which a reschedule IPI wakes.
+
+        Called from outside, it makes the CPU run without any interrupt: there is none that it could be.
+        """
         if cpu is None or not 0 <= cpu < len(self._cpus) or not self.online(cpu):
             cpu = self.cpu
         self._cpus[cpu].work.append(work)
-        if not self._running or cpu != self.cpu:
+        if not self._running:
+            self.domain.vcpus[cpu].kick()
+        elif cpu != self.cpu:
             self.reschedule(cpu)
 
     def reschedule(self, cpu: int) -> None:

@@ -132,7 +132,9 @@ class WaitQueue:
 
 
 def sleep(kernel: Kernel[Any], ns: int) -> Body[None]:
-    """Wait for `ns` of virtual time; the timer interrupt of this CPU ends it (schedule_timeout)."""
+    """Wait for `ns` of virtual time; the timer interrupt of this CPU ends it (schedule_timeout). 0: don't wait."""
+    if ns <= 0:
+        return
     over: Completion[None] = Completion()
     kernel.set_timer(kernel.now() + ns, lambda: over.complete(None))
     yield from over.wait()

@@ -16,8 +16,8 @@ KernelFactory = Callable[..., Personality]
 _KERNELS: Final[dict[str, tuple[str, str, dict[str, Any], str]]] = {
     "pvops": ("pvops", "Pvops", {}, "Linux 6.1 as Debian builds it"),
     "pvops-2l": ("pvops", "Pvops", {"fifo": False}, "the same with xen.fifo_events=0, the two-level ABI"),
-    "2.6.18": ("xenlinux_2_6_18", "Xenlinux2618", {}, "XenLinux 2.6.18, of XenSource and RHEL 5"),
-    "suse": ("xenlinux_suse", "XenlinuxSuse", {}, "XenLinux 2.6.27 to 2.6.34 as SUSE shipped it"),
+    "2.6.18": ("xenlinux_2_6_18", "XenLinux2618", {}, "XenLinux 2.6.18, of XenSource and RHEL 5"),
+    "suse": ("xenlinux_suse", "XenLinuxSuse", {}, "XenLinux 2.6.27 to 2.6.34 as SUSE shipped it"),
 }
 KERNELS: Final = {name: about for name, (*_, about) in _KERNELS.items()}
 """What each is, for people."""

@@ -143,7 +143,7 @@ class Personality(ABC):
         """The architecture's own counts, per CPU."""
 
     @abstractmethod
-    def initcall_after(self, name: str, new: str, call: Callable[[], None]) -> None:
+    def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
         """Put a driver, `new`, behind driver `name` in the boot order. KeyError where no driver has that name."""
 
     # For split drivers. XenError as the EVTCHNOP_* gives it, IrqError as request_irq.

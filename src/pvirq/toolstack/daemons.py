@@ -13,6 +13,7 @@ from pvirq.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENST
 from pvirq.abi.xen import VIRQ_DOM_EXC
 from pvirq.drivers.console import Console
 from pvirq.drivers.xenstore import DomainState, Xenstored
+from pvirq.drivers.xs import connect_xenstored
 from pvirq.linux.kernel import Kernel
 from pvirq.toolstack.domain import DomainInfo, write_dom0, write_domain
 from pvirq.xen.domain import Domain, Hypervisor
@@ -29,7 +30,7 @@ class Ends:
 class Daemons:
     """The two daemons in a modelled domain 0, with an open /dev/xen/evtchn each.
 
-    `store` is the toolstack's own connection to xenstored.
+    `store` is the toolstack's own connection to xenstored, `xs` that of domain 0's kernel.
     """
 
     def __init__(self, hypervisor: Hypervisor, dom0: Kernel[Any]) -> None:
@@ -39,8 +40,8 @@ class Daemons:
         self.xenstored_events = dom0.evtchn_user("xenstored")
         self.xenconsoled_events = dom0.evtchn_user("xenconsoled")
         self.xenstored_events.bind_virq(VIRQ_DOM_EXC, lambda _port: self.xenstored.check_domains())
-        if dom0.events.store_port:
-            self.xenstored_events.bind_interdomain(0, dom0.events.store_port)
+        # The ring of domain 0's own kernel, for its backends.
+        self.xs = connect_xenstored(dom0, self.xenstored, self.xenstored_events, dom0.events.store_port)
         write_dom0(self.store)
 
     def _domain_state(self, domid: int) -> DomainState:

@@ -1,0 +1,1 @@
+"""Scenarios of modelled domains: files that say who is there and what happens."""

@@ -1,0 +1,132 @@
+"""Reading scenario files: TOML into settings, each error with its file, line and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from pvirq.scenario import fields, workload
+from pvirq.scenario.fields import Unexpected
+from pvirq.scenario.schema import Scenario, ScenarioError
+from pvirq.scenario.toml_lines import line_of
+
+MAX_FILE: Final = 4 << 20
+_AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+
+
+def shipped() -> dict[str, str]:
+    """The scenarios that ship: name -> title."""
+    found = {}
+    for entry in sorted(resources.files("pvirq.scenario").joinpath("shipped").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            found[entry.name.removesuffix(".toml")] = str(tomllib.loads(entry.read_text()).get("title", ""))
+    return found
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Scenario:
+    """Read a scenario: a file, or the name of one that ships. `overrides` are as in `override`. ScenarioError."""
+    path = Path(name)
+    if path.suffix != ".toml" and not path.exists():
+        return loads(_read_shipped(name), f"{name}.toml", overrides)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ScenarioError(f"{name}: {error.strerror}") from None
+    if len(data) > MAX_FILE:
+        raise ScenarioError(f"{name}: longer than {MAX_FILE >> 20} MiB: that is no scenario")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ScenarioError(f"{name}:{line}: expected UTF-8 text") from None
+    return loads(text, name, overrides)
+
+
+def _read_shipped(name: str) -> str:
+    names = list(shipped())
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f'did you mean "{near[0]}"?' if near else f"there ship {', '.join(names)}"
+        raise ScenarioError(f"no scenario {name!r}: {hint} A file's name ends in .toml")
+    return resources.files("pvirq.scenario").joinpath("shipped", f"{name}.toml").read_text()
+
+
+def loads(text: str, name: str, overrides: Iterable[str] = ()) -> Scenario:
+    """The same from a text; `name` is for messages."""
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        where = _AT.search(str(error))
+        line = int(where[1]) if where and where[1] else text.count("\n") + 1
+        raise ScenarioError(f"{name}:{line}: {_AT.sub('', str(error))}") from None
+    for one in overrides:
+        override(raw, one)
+    try:
+        scenario = _scenario(raw)
+    except Unexpected as error:
+        raise ScenarioError(f"{name}:{line_of(text, error.path)}: {error}") from None
+    scenario.file, scenario.text = name, text
+    return scenario
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Change one setting: "seed=2", "dom0.vcpus=8", "NAME.vcpus=2" for a domain by name. ScenarioError."""
+    where, equals, value = text.partition("=")
+    parts = where.strip().split(".")
+    if not equals or not all(parts):
+        raise ScenarioError(f"--set {text}: expected NAME=VALUE, such as seed=2 or dom0.vcpus=8")
+    target: Any = raw
+    if len(parts) > 1 and parts[0] not in raw:
+        domains = raw.get("domain")
+        named = [d for d in domains if isinstance(d, dict)] if isinstance(domains, list) else []
+        target = next((domain for domain in named if domain.get("name") == parts[0]), None)
+        if target is None:
+            if parts[0] != "dom0":
+                raise ScenarioError(f"--set {text}: no domain is called {parts[0]!r}")
+            target = raw.setdefault("dom0", {})
+        parts = parts[1:]
+    for part in parts[:-1]:
+        target = target.get(part) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise ScenarioError(f"--set {text}: there is nothing to set {parts[-1]!r} of")
+    try:
+        target[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        target[parts[-1]] = value.strip()  # a text without quotes
+
+
+def _scenario(raw: dict[str, Any]) -> Scenario:
+    scenario = fields.parse(Scenario, raw, (), known=["workload"])
+    for i, one in enumerate(fields.tables(fields.raw_table()).parse(raw.get("workload", []), ("workload",))):
+        path = ("workload", i)
+        one.pop(None)
+        kind = fields.choice(*workload.KINDS).parse(_take_kind(one, path), (*path, "kind"))
+        scenario.workload.append(fields.parse(workload.KINDS[kind], one, path))
+        scenario.workload[-1].path = path
+    _check(scenario)
+    return scenario
+
+
+def _take_kind(one: dict[Any, Any], path: tuple[str | int, ...]) -> object:
+    if "kind" not in one:
+        raise Unexpected(path, 'expected a key "kind" here: ' + ", ".join(workload.KINDS))
+    return one.pop("kind")
+
+
+def _check(scenario: Scenario) -> None:
+    """What one setting alone can't tell."""
+    seen = {"dom0"}
+    for i, domain in enumerate(scenario.domains):
+        if domain.name in seen:
+            raise Unexpected(("domain", i, "name"), f'expected a name of its own: "{domain.name}" is taken')
+        seen.add(domain.name)
+        names = [disk.name for disk in domain.disks]
+        for j, name in enumerate(names):
+            if name in names[:j]:
+                raise Unexpected(("domain", i, "disk", j, "name"), f'expected a name of its own: "{name}" is taken')
