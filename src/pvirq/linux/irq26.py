@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from pvirq.abi.errno import Errno
 from pvirq.linux.irq import IRQF_PERCPU, IRQF_SHARED, IRQF_TRIGGER_MASK, IrqAction, IrqError, IrqHandler
@@ -93,6 +93,7 @@ class IrqDesc26:
     chip: IrqChip26
     flow: Callable[[IrqDesc26, int], None]
     name: str | None = None
+    chip_data: Any = None  # the chip's own
     actions: tuple[IrqAction, ...] = ()
     depth: int = 1
     irq_count: int = 0

@@ -1,7 +1,7 @@
 """/proc/interrupts of 2.6 kernels, to the byte: arch/{i386,x86_64}/kernel/irq-xen.c and arch/x86/kernel/irq-xen.c.
 
-Style "source" is what the sources print. Style "writeup" is that of two often-quoted listings, which are two columns
-narrower than any source that was found: nothing else differs.
+Style "source" is what the sources print. Style "writeup" is that of two often-quoted listings, whose columns are
+narrower than those of any source that was found, and which lack the blanks at the ends of lines.
 """
 
 from __future__ import annotations
@@ -31,18 +31,15 @@ def _lines(irqs: IrqLayer26) -> list[IrqDesc26]:
     return [irqs.descs[irq] for irq in sorted(irqs.descs)]
 
 
-def _header(cpus: list[int], width: int, each: str) -> str:
-    return " " * width + "".join(each.format(cpu) for cpu in cpus) + "\n"
+def _header(cpus: list[int], width: int, style: Style) -> str:
+    text = " " * width + "".join(f"CPU{cpu:<8d}" for cpu in cpus)
+    return (text.rstrip() if style == "writeup" else text) + "\n"
 
 
 def interrupts_2618(irqs: IrqLayer26, stats: list[IrqStat], *, arch: Arch, style: Style) -> str:
     """2.6.18: lines with a handler; below them NMI and LOC by CPU, ERR, and on i386 MIS."""
     cpus = _cpus(irqs)
-    if style == "writeup":
-        text = _header(cpus, 11, "CPU{:<8d}").rstrip() + "\n"
-    else:
-        # x86_64's column titles are as wide as single-digit CPUs' counts, and drift to the right beyond CPU 9.
-        text = _header(cpus, 11, "CPU{:<8d}" if arch == "i386" else "CPU{:d}       ")
+    text = _header(cpus, 11, style)
     for desc in _lines(irqs):
         if desc.actions:
             chip = f"  {desc.chip.name}" if style == "writeup" else f" {desc.chip.name:>14}"
@@ -67,9 +64,7 @@ def interrupts_suse(
     """
     cpus = _cpus(irqs)
     width = irq_width(irqs.nr_irqs)
-    text = _header(cpus, width + 8, "CPU{:<8d}")
-    if style == "writeup":
-        text = text.rstrip() + "\n"
+    text = _header(cpus, width + 8, style)
     for desc in _lines(irqs):
         counts = [desc.kstat[cpu] for cpu in cpus]
         if desc.actions or any(counts):

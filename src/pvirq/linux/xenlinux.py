@@ -43,6 +43,9 @@ IRQT_CALLER_PORT: Final = 5  # its owner closes it
 
 NR_DYNIRQS: Final = 256
 
+Slot = tuple[int, int, int, int]
+"""A port, where in memory its mask and pending bits are, and the bit: a line's chip_data, so that it costs nothing."""
+
 
 class XenLinux(Personality):
     """The event channels of one XenLinux kernel.
@@ -87,11 +90,10 @@ class XenLinux(Personality):
         self.port_user: dict[int, XenLinuxEvtchnUser] = {}
         self.evtchn_mask = (1 << self.index_shift) - 1
         self._warned = False
-        self.mask_evtchn, self.unmask_evtchn = self._make_masking()
         self.upcall_state = [UpcallState() for _ in range(self.nr_cpus)]
         self._upcalls = [UPCALLS[upcall](self, cpu, state) for cpu, state in enumerate(self.upcall_state)]
         self._stat = [IrqStat() for _ in range(self.nr_cpus)]
-        self.initcalls: list[tuple[str, Callable[[], None]]] = []
+        self.initcalls: list[tuple[str, Callable[[], object]]] = []
         self.on_xenbus: Callable[[], object] = lambda: None
         self.on_console: Callable[[], object] = lambda: None
         self.xenbus_irq = 0
@@ -113,7 +115,18 @@ class XenLinux(Personality):
         self.mask_words = self._mask // size
         self.selector = [(vcpu.info + selector) // size for vcpu in domain.vcpus]
 
+    def slot(self, port: int) -> Slot | None:
+        """What a chip wants to have at hand of a port; None for port 0."""
+        return (port, self._mask + (port >> 3), self._pending + (port >> 3), 1 << (port & 7)) if port else None
+
     # Packed bindings.
+
+    def set_irq_info(self, irq: int, info: int) -> None:
+        """Write a line's binding."""
+        self.irq_info[irq] = info
+        desc = self.irq.descs.get(irq)
+        if desc is not None:
+            desc.chip_data = self.slot(info & self.evtchn_mask)
 
     def mk_irq_info(self, kind: int, index: int, port: int) -> int:
         """IrqError(EINVAL) where the index doesn't fit."""
@@ -185,33 +198,29 @@ class XenLinux(Personality):
 
     # Pending and mask bits.
 
-    def _make_masking(self) -> tuple[Callable[[int], None], Callable[[int], None]]:
-        kernel, domain, mem, words = self.kernel, self.domain, self.mem, self.words
-        cpu_evtchn, pending, mask, shift = self.cpu_evtchn, self._pending, self._mask, self.word_shift
-        selector, vcpus = self.selector, domain.vcpus
+    def mask_evtchn(self, port: int) -> None:
+        self.mem[self._mask + (port >> 3)] |= 1 << (port & 7)
 
-        def mask_evtchn(port: int) -> None:
-            mem[mask + (port >> 3)] |= 1 << (port & 7)
+    def unmask_evtchn(self, port: int) -> None:
+        """In place; another CPU's port by hypercall, for only Xen can make it pending there."""
+        if self.kernel.cpu != self.cpu_evtchn[port]:
+            with contextlib.suppress(XenError):
+                evtchn.unmask(self.domain, port)
+            return
+        self.mem[self._mask + (port >> 3)] &= ~(1 << (port & 7))
+        if self.test_evtchn(port):
+            self._refire(port)
 
-        def unmask_evtchn(port: int) -> None:
-            """In place; another CPU's port by hypercall, for only Xen can make it pending there."""
-            cpu = kernel.cpu
-            if cpu != cpu_evtchn[port]:
-                with contextlib.suppress(XenError):
-                    evtchn.unmask(domain, port)
-                return
-            at, bit = port >> 3, 1 << (port & 7)
-            mem[mask + at] &= ~bit
-            if mem[pending + at] & bit:  # an edge came while it was masked
-                bit = 1 << (port >> shift)
-                word = words[selector[cpu]]
-                if not word & bit:
-                    words[selector[cpu]] = word | bit
-                    mem[vcpus[cpu].info + VCPU_INFO_UPCALL_PENDING] = 1
-                    # The CPU executes this, and is awake, except where the call came from outside its turn.
-                    vcpus[cpu].kick()
-
-        return mask_evtchn, unmask_evtchn
+    def _refire(self, port: int) -> None:
+        """An edge came while the port was masked: make this CPU look at it."""
+        cpu = self.kernel.cpu
+        selector, bit = self.selector[cpu], 1 << (port >> self.word_shift)
+        word = self.words[selector]
+        if not word & bit:
+            self.words[selector] = word | bit
+            vcpu = self.domain.vcpus[cpu]
+            self.mem[vcpu.info + VCPU_INFO_UPCALL_PENDING] = 1
+            vcpu.kick()  # it executes this, and is awake, except where the call came from outside its turn
 
     def clear_evtchn(self, port: int) -> None:
         self.mem[self._pending + (port >> 3)] &= ~(1 << (port & 7))
@@ -255,8 +264,8 @@ class XenLinux(Personality):
         return irq
 
     def _bound(self, irq: int, kind: int, index: int, port: int) -> None:
+        self.set_irq_info(irq, self.mk_irq_info(kind, index, port))
         self.evtchn_to_irq[port] = irq
-        self.irq_info[irq] = self.mk_irq_info(kind, index, port)
 
     def bind_caller_port_to_irq(self, port: int) -> int:
         """An IRQ for a port that somebody else made, and will close. EINVAL for no port that there can be."""
@@ -325,7 +334,7 @@ class XenLinux(Personality):
             self._ipi_unbound(irq, port)
         self.bind_evtchn_to_cpu(port, 0)  # closed ports are vCPU 0's again
         del self.evtchn_to_irq[port]
-        self.irq_info[irq] = 0
+        self.set_irq_info(irq, 0)
         desc = self.irq.desc(irq)
         desc.kstat[:] = [0] * self.nr_cpus
 
@@ -419,40 +428,33 @@ class XenLinux(Personality):
 
     def make_ack(self) -> Callable[[IrqDesc26], None]:
         """ack_dynirq and ack_pirq: move the line if it is to be moved, mask its port and clear what was pending."""
-        irq_info, evtchn_mask, mem, move = self.irq_info, self.evtchn_mask, self.mem, self.irq.move_native_irq
-        pending, mask = self._pending, self._mask
+        mem, move = self.mem, self.irq.move_native_irq
 
         def ack(desc: IrqDesc26) -> None:
             if desc.move_irq:
                 move(desc)
-            port = irq_info[desc.irq] & evtchn_mask
-            if port:
-                at, bit = port >> 3, 1 << (port & 7)
-                mem[mask + at] |= bit
-                mem[pending + at] &= ~bit
+            if desc.chip_data is not None:
+                _, mask_at, pending_at, bit = desc.chip_data
+                mem[mask_at] |= bit
+                mem[pending_at] &= ~bit
 
         return ack
 
-    def make_unmask(self) -> Callable[[IrqDesc26], None]:
-        """unmask_dynirq, as a flow has it that looks at the line's state itself."""
-        irq_info, evtchn_mask, unmask_evtchn = self.irq_info, self.evtchn_mask, self.unmask_evtchn
-
-        def unmask(desc: IrqDesc26) -> None:
-            port = irq_info[desc.irq] & evtchn_mask
-            if port:
-                unmask_evtchn(port)
-
-        return unmask
-
     def make_end(self) -> Callable[[IrqDesc26], None]:
-        """end_dynirq: unmask, unless it was disabled meanwhile."""
-        irq_info, evtchn_mask, unmask_evtchn = self.irq_info, self.evtchn_mask, self.unmask_evtchn
-        disabled = self.irq.bits.DISABLED
+        """end_dynirq, and unmask_dynirq for flows: `unmask_evtchn`, unless the line was disabled meanwhile."""
+        kernel, cpu_evtchn, mem = self.kernel, self.cpu_evtchn, self.mem
+        unmask_evtchn, refire, disabled = self.unmask_evtchn, self._refire, self.irq.bits.DISABLED
 
         def end(desc: IrqDesc26) -> None:
-            port = irq_info[desc.irq] & evtchn_mask
-            if port and not desc.status & disabled:
+            if desc.chip_data is None or desc.status & disabled:
+                return
+            port, mask_at, pending_at, bit = desc.chip_data
+            if kernel.cpu != cpu_evtchn[port]:
                 unmask_evtchn(port)
+                return
+            mem[mask_at] &= ~bit
+            if mem[pending_at] & bit:
+                refire(port)
 
         return end
 
@@ -468,7 +470,7 @@ class XenLinux(Personality):
 
     # Boot.
 
-    def initcall_after(self, name: str, new: str, call: Callable[[], None]) -> None:
+    def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
         for i, (other, _) in enumerate(self.initcalls):
             if other == name:
                 self.initcalls.insert(i + 1, (new, call))
@@ -576,7 +578,7 @@ def dynirq_chip(events: XenLinux, name: str) -> IrqChip26:
         disable=events.disable_dynirq,
         ack=ack,
         mask=events.disable_dynirq,
-        unmask=events.make_unmask(),
+        unmask=end,
         mask_ack=ack,
         eoi=end,
         end=end,

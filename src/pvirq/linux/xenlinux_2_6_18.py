@@ -198,7 +198,7 @@ class XenLinux2618(XenLinuxPirq):
         self.init_evtchn_cpu_bindings()
         self.mask_all()
         for irq in range(NR_IRQS):
-            self.irq_info[irq] &= ~self.evtchn_mask
+            self.set_irq_info(irq, self.irq_info[irq] & ~self.evtchn_mask)
         self.evtchn_to_irq.clear()
         for cpu in range(self.nr_cpus):
             for virq in range(NR_VIRQS):

@@ -110,7 +110,7 @@ class XenLinuxPirq(XenLinux):
             self.pirq_query_unmask(irq, pirq)
             self.evtchn_to_irq[port] = irq
             self.bind_evtchn_to_cpu(port, 0)
-            self.irq_info[irq] = self.mk_irq_info(IRQT_PIRQ, pirq, port)
+            self.set_irq_info(irq, self.mk_irq_info(IRQT_PIRQ, pirq, port))
         self.pirq_unmask_and_notify(port, irq)
         return 0
 
@@ -126,7 +126,7 @@ class XenLinuxPirq(XenLinux):
         self._close(port)
         self.bind_evtchn_to_cpu(port, 0)
         del self.evtchn_to_irq[port]
-        self.irq_info[irq] = self.mk_irq_info(IRQT_PIRQ, self.index_from_irq(irq), 0)
+        self.set_irq_info(irq, self.mk_irq_info(IRQT_PIRQ, self.index_from_irq(irq), 0))
 
     def end_pirq(self, desc: IrqDesc26) -> None:
         """A line that interrupts though it is disabled is shut down; the next enable brings it back."""
@@ -177,7 +177,7 @@ class XenLinuxPirq(XenLinux):
         """An I/O APIC input: not to be handed out for a message, and a physical line from now on."""
         if self.identity_mapped_irq(irq) or self.type_from_irq(irq) != IRQT_UNBOUND:
             return
-        self.irq_info[irq] = self.mk_irq_info(IRQT_PIRQ, irq, 0)
+        self.set_irq_info(irq, self.mk_irq_info(IRQT_PIRQ, irq, 0))
         self.setup_pirq_line(irq)
 
     def find_free_pirq(self) -> int:
@@ -194,7 +194,7 @@ class XenLinuxPirq(XenLinux):
         """
         if irq < 0:
             free = self.find_free_pirq()
-            self.irq_info[free] = self.mk_irq_info(IRQT_PIRQ, xen_pirq, 0)
+            self.set_irq_info(free, self.mk_irq_info(IRQT_PIRQ, xen_pirq, 0))
             self.setup_pirq_line(free)
             return free
         kind, index = self.type_from_irq(irq), self.index_from_irq(irq)
@@ -202,7 +202,7 @@ class XenLinuxPirq(XenLinux):
             if kind != IRQT_PIRQ:
                 raise IrqError(Errno.EINVAL, f"IRQ {irq} is not a pirq")
             self.clear_pirq_line(irq)
-            self.irq_info[irq] = 0
+            self.set_irq_info(irq, 0)
             return 0
         if kind != IRQT_PIRQ or index != xen_pirq:
             self.kernel.printk(f"IRQ#{irq} is already mapped to {kind}:{index} - cannot map to PIRQ#{xen_pirq}")

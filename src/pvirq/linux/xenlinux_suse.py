@@ -128,20 +128,19 @@ class XenLinuxSuse(XenLinuxPirq):
 
     def _make_percpu_chip(self) -> IrqChip26:
         """The same dynirq_chip, for lines whose port depends on the CPU: nothing moves, nothing is shut for all."""
-        kernel, ports, mem = self.kernel, self.percpu_evtchn, self.mem
-        pending, mask, unmask_evtchn = self._pending, self._mask, self.unmask_evtchn
+        kernel, mem, unmask_evtchn = self.kernel, self.mem, self.unmask_evtchn
 
         def ack(desc: IrqDesc26) -> None:
-            port = ports[desc.irq][kernel.cpu]
-            if port:
-                at, bit = port >> 3, 1 << (port & 7)
-                mem[mask + at] |= bit
-                mem[pending + at] &= ~bit
+            slot = desc.chip_data[kernel.cpu]
+            if slot is not None:
+                _, mask_at, pending_at, bit = slot
+                mem[mask_at] |= bit
+                mem[pending_at] &= ~bit
 
         def end(desc: IrqDesc26) -> None:
-            port = ports[desc.irq][kernel.cpu]
-            if port and not desc.status & Status2632.DISABLED:
-                unmask_evtchn(port)
+            slot = desc.chip_data[kernel.cpu]
+            if slot is not None and not desc.status & Status2632.DISABLED:
+                unmask_evtchn(slot[0])
 
         return IrqChip26(
             "Dynamic",
@@ -265,14 +264,19 @@ class XenLinuxSuse(XenLinuxPirq):
     def _new_percpu_irq(self, kind: int, index: int) -> int:
         irq = self._find_dynirq(percpu=True)
         self.irq_bindcount[irq] += 1  # one more than there are ports: it never drops to zero
-        self.irq_info[irq] = self.mk_irq_info(kind, index, 0)
+        self.set_irq_info(irq, self.mk_irq_info(kind, index, 0))
         self.percpu_evtchn[irq] = [0] * self.nr_cpus
+        self.irq.desc(irq).chip_data = [None] * self.nr_cpus
         return irq
 
     def _percpu_port(self, irq: int, cpu: int, port: int) -> None:
         self.evtchn_to_irq[port] = irq
-        self.percpu_evtchn[irq][cpu] = port
+        self._set_percpu(irq, cpu, port)
         self.bind_evtchn_to_cpu(port, cpu)
+
+    def _set_percpu(self, irq: int, cpu: int, port: int) -> None:
+        self.percpu_evtchn[irq][cpu] = port
+        self.irq.desc(irq).chip_data[cpu] = self.slot(port)
 
     def _open_percpu(self, irq: int, port: int) -> None:
         if not self.irq.desc(irq).status & Status2632.DISABLED:
@@ -354,14 +358,11 @@ class XenLinuxSuse(XenLinuxPirq):
         if port:
             self.irq.desc(irq).affinity &= ~(1 << cpu)
             self._close(port)
-            self.percpu_evtchn[irq][cpu] = 0
-            self._unmap_percpu(port)
+            self._set_percpu(irq, cpu, 0)
+            self.bind_evtchn_to_cpu(port, 0)  # closed ports are vCPU 0's again
+            del self.evtchn_to_irq[port]
         if freed is not None:
             self.irq.free_irq(irq, freed)
-
-    def _unmap_percpu(self, port: int) -> None:
-        del self.evtchn_to_irq[port]
-        self.bind_evtchn_to_cpu(port, 0)  # closed ports are vCPU 0's again
 
     def unbind_from_irq(self, irq: int) -> None:
         if irq in self.percpu_evtchn:
@@ -476,7 +477,8 @@ class XenLinuxSuse(XenLinuxPirq):
                 physdev.pirq_eoi_gmfn(self.domain, self._eoi_map >> PAGE_SHIFT, 1)
         self.mask_all()
         for irq in range(self.nr_irqs):
-            self.irq_info[irq] &= ~self.evtchn_mask
+            if irq not in self.percpu_evtchn:
+                self.set_irq_info(irq, self.irq_info[irq] & ~self.evtchn_mask)
         self.evtchn_to_irq.clear()
         for cpu in range(self.nr_cpus):
             self._restore_cpu_virqs(cpu)
