@@ -141,15 +141,17 @@ def set_eoi_ready(irqs: Irqs, action: GuestAction) -> None:
 
 
 def flush_ready_eoi(irqs: Irqs, apic: LocalApic) -> None:
-    """EOIs can only be made for the highest interrupt in service: take all from the top that are ready."""
+    """EOIs can only be made for the highest interrupt in service: take all from the top that are ready.
+
+    One whose line has become an edge meanwhile is never EOI'd, as on real Xen: that CPU takes no interrupt of its class
+    or below any more.
+    """
     stack = apic.pending_eoi
     while stack and stack[-1][2]:
         desc = irqs.desc(stack[-1][0])
         stack.pop()
         if desc.handler.has_end:
             desc.handler.end(desc, apic)
-        else:
-            irqs.apics.eoi(apic)  # unmapped meanwhile
 
 
 def desc_guest_eoi(desc: IrqDesc, pirq: Pirq) -> None:
@@ -165,8 +167,8 @@ def desc_guest_eoi(desc: IrqDesc, pirq: Pirq) -> None:
     action.finish()
 
 
-def pirq_guest_bind(irqs: Irqs, vcpu: Vcpu, pirq: Pirq, will_share: bool) -> None:
-    """Bind a mapped interrupt to a domain (pirq_guest_bind).
+def pirq_guest_bind(irqs: Irqs, vcpu: Vcpu, pirq: Pirq, will_share: bool) -> GuestAction:
+    """Bind a mapped interrupt to a domain (pirq_guest_bind); called with interrupts off.
 
     Raises EINVAL (not mapped), EBUSY: Xen's own, or one side doesn't share, or too many guests do.
     """
@@ -195,6 +197,7 @@ def pirq_guest_bind(irqs: Irqs, vcpu: Vcpu, pirq: Pirq, will_share: bool) -> Non
             " (increase with irq-max-guests= option)",
         )
     action.guests.append((domain, pirq))
+    return action
 
 
 def _refused(irqs: Irqs, message: str) -> XenError:

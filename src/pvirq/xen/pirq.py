@@ -94,30 +94,27 @@ class DomainPirqs:
         return self._irq_pirq.get(irq, 0)
 
     def bind(self, pirq: int, port: int, vcpu: Vcpu, will_share: bool) -> None:
-        """EINVAL (not mapped), EBUSY. The caller goes on with `bound`, once the port is set up.
+        """EINVAL (not mapped), EBUSY.
 
-        Until then no interrupt is taken: an asserted line would find a port that isn't the guest's yet, and be lost.
-        On hardware it takes longer to come than the few instructions to there.
+        A level that is asserted already interrupts in here, as its pin is unmasked: before the port is the guest's, so
+        that the event is lost. On real Xen too; the line interrupts again after the forced EOI.
         """
         irqs = self._domain.hypervisor.irqs
         info = self._get_info(pirq)
         info.evtchn = port
         irqs.apics.disable()
         try:
-            pirq_guest_bind(irqs, vcpu, info, will_share)
+            action = pirq_guest_bind(irqs, vcpu, info, will_share)
+            self._note_eoi(pirq, action.ack_type != ACKTYPE_NONE)
         except XenError:
             info.evtchn = 0
             self._cleanup(info)
-            irqs.apics.enable()
             raise
-        action = irqs.desc(info.irq).guest_action
-        assert action is not None
-        self._note_eoi(pirq, action.ack_type != ACKTYPE_NONE)
+        finally:
+            irqs.apics.enable()
 
     def bound(self, pirq: int) -> None:
-        irqs = self._domain.hypervisor.irqs
-        guest_unmask_msi(irqs.desc(self.irq(pirq)))
-        irqs.apics.enable()
+        guest_unmask_msi(self._domain.hypervisor.irqs.desc(self.irq(pirq)))
 
     def unbind(self, pirq: int) -> None:
         info = self._info[pirq]
