@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from hardwarelib import KERNELS, Rig
-from pvirq.hardware.rtc import AF, AIE, IRQF, PIE, UIE, RtcDriver
-from pvirq.linux.irq import IRQ_HANDLED
+from pvirq.abi.errno import Errno
+from pvirq.hardware.device import Board
+from pvirq.hardware.platform import build
+from pvirq.hardware.rtc import AF, AIE, IRQF, PIE, UIE, Mc146818, RtcDriver
+from pvirq.linux import personalities
+from pvirq.linux.irq import IRQ_HANDLED, IrqError
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import StartInfo
 from pvirq.xen.timer import NS_PER_S
 
 
@@ -95,11 +102,28 @@ def test_a_flag_that_is_set_interrupts_once_it_is_enabled(rig: Rig) -> None:
     assert (rig.count(8), rtc.alarms) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [("2.6.18", "rtc: IRQ 8 is not free."), ("suse", "rtc_cmos: probe of rtc failed with error -")],
+)
+def test_a_guest_has_no_clock(kernel: str, message: str) -> None:
+    """Of a kernel that is not the initial domain's the RTC's line is left out, so that the driver's probe fails."""
+    rig = Rig("none")
+    domain = rig.hypervisor.create_domain(1)
+    factory = personalities.find(kernel)
+    guest: Kernel[Any] = Kernel(domain, lambda kernel: factory(kernel, start_info=StartInfo()))
+    platform = build([{"type": "rtc"}], guest)
+    guest.boot()
+    assert not platform["rtc"].bound
+    assert message in "\n".join(guest.log)
+    with pytest.raises(IrqError) as error:
+        guest.irq.request_irq(8, lambda irq, dev_id: IRQ_HANDLED, 0, "rtc", rig)
+    assert error.value.errno in (Errno.ENOSYS, Errno.EINVAL)
+    rig.close()
+
+
 def test_register_c_tells_all_flags() -> None:
     rig = Rig("none")
-    from pvirq.hardware.device import Board
-    from pvirq.hardware.rtc import Mc146818
-
     chip = Mc146818(Board(rig.kernel), 8)
     chip.write_rate(2)
     chip.write_b(PIE | AIE)

@@ -147,8 +147,12 @@ class Driver(ABC):
             self.probe()
             self.bound = True
         except (IrqError, XenError) as error:
-            self.kernel.printk(f"{self.module}: probe of {self.name} failed with error {-int(error.errno)}")
+            self.kernel.printk(self._failure(error))
             self.remove()
+
+    def _failure(self, error: IrqError | XenError) -> str:
+        """What the log says of a probe that failed (really_probe)."""
+        return f"{self.module}: probe of {self.name} failed with error {-int(error.errno)}"
 
     def remove(self) -> None:
         """Give all IRQs back, as on unloading the module."""

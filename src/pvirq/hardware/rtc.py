@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import Board, Declaration, Deferred, Driver, HardwareError
-from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqReturn
+from pvirq.abi.errno import XenError
+from pvirq.hardware.device import Board, Declaration, Deferred, Driver
+from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqError, IrqReturn
+from pvirq.linux.xenlinux_2_6_18 import XenLinux2618
 from pvirq.xen.timer import NS_PER_S
 
 # Bits of register B (enable) and C (flag).
@@ -101,15 +103,24 @@ class RtcDriver(Driver):
         super().__init__(board, name)
         self.chip = chip
         self._gsi = gsi
-        self._row = row
+        self._old = isinstance(self.kernel.events, XenLinux2618)
+        self._row = row or ("rtc" if self._old else "rtc0")
+        if self._old:
+            self.module = "rtc"
         self.alarms = self.updates = self.periods = 0
         self.on_interrupt: Callable[[int], None] = lambda reasons: None
 
     def probe(self) -> None:
         self.chip.write_b(0)
         self.chip.read_c()
-        irq = self.kernel.events.register_gsi(self._gsi, level=False, active_low=False)
+        # The old driver knows its IRQ's number; a kernel that has no such line fails it there.
+        irq = self._gsi
+        if not self._old:
+            irq = self.kernel.events.register_gsi(self._gsi, level=False, active_low=False)
         self.request_irq(irq, self._interrupt, 0, self._row)
+
+    def _failure(self, error: IrqError | XenError) -> str:
+        return f"rtc: IRQ {self._gsi} is not free." if self._old else super()._failure(error)
 
     def remove(self) -> None:
         self.chip.write_b(0)
@@ -155,13 +166,11 @@ class RtcDriver(Driver):
 
 @dataclass(frozen=True)
 class RtcDeclaration(Declaration):
-    """The real-time clock; `row` is what /proc/interrupts calls it: rtc0, or rtc in old kernels."""
+    """The real-time clock; its row is `row`, else as the kernel calls it: rtc0, or rtc in 2.6.18."""
 
     gsi: int = 8
-    row: str = "rtc0"
+    row: str = ""
     driver: ClassVar[type[Driver]] = RtcDriver
 
     def make(self, board: Board) -> RtcDriver:
-        if not self.row:
-            raise HardwareError("row: expected a name for /proc/interrupts")
         return RtcDriver(board, self.name, Mc146818(board, self.gsi), self.gsi, self.row)
