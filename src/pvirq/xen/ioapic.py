@@ -184,6 +184,7 @@ class IoApic:
         self.rtes = [RouteEntry(pin, self.lines[pin]) for pin in range(NR_IRQS_GSI)]
         self.edge = EdgeHandler(self)
         self.level = LevelHandler(self)
+        self._awaiting: list[RouteEntry] = []  # those with `irr`
         self._pins: dict[int, int] = {}  # irq -> pin (irq_2_pin)
         self._programmed: set[int] = set()
         irqs.on_eoi = self._eoi
@@ -236,16 +237,19 @@ class IoApic:
             if rte.irr:
                 return
             rte.irr = rte.vector
+            self._awaiting.append(rte)
         rte.line.sent += 1
         self.irqs.apics.request(rte.dest, rte.vector)
 
     def _eoi(self, vector: int) -> None:
         """A CPU has EOI'd `vector`: a level that is still asserted interrupts again at once."""
-        for rte in self.rtes:
-            if rte.irr == vector:
-                rte.irr = 0
-                if not rte.mask and rte.line.asserted:
-                    self.send(rte)
+        if not self._awaiting:
+            return
+        for rte in [rte for rte in self._awaiting if rte.irr == vector]:
+            rte.irr = 0
+            self._awaiting.remove(rte)
+            if not rte.mask and rte.line.asserted:
+                self.send(rte)
 
     def set_mask(self, desc: IrqDesc, mask: int) -> None:
         rte = self.rte_of(desc.irq)
@@ -268,8 +272,9 @@ class IoApic:
         rte.polarity = polarity
         rte.dest = desc.cpu_mask
         rte.reserved = reserved
-        if not trigger:
+        if not trigger and rte.irr:
             rte.irr = 0
+            self._awaiting.remove(rte)
         rte.mask = 1
         self._set_mask(rte, mask)
 

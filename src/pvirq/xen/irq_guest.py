@@ -42,7 +42,9 @@ class GuestAction:
     `in_flight` counts those that owe an EOI, `eoi_cpus` is the bitmap of CPUs on which the EOI is due.
     """
 
-    __slots__ = ("ack_type", "desc", "eoi_cpus", "eoi_timer", "guests", "in_flight", "irqs", "shareable")
+    __slots__ = (
+        "ack_type", "desc", "eoi_cpus", "eoi_deadline", "eoi_timer", "guests", "in_flight", "irqs", "shareable",
+    )  # fmt: skip
 
     def __init__(self, irqs: Irqs, desc: IrqDesc, shareable: bool) -> None:
         self.irqs = irqs
@@ -52,6 +54,7 @@ class GuestAction:
         self.guests: list[tuple[Domain, Pirq]] = []
         self.in_flight = 0
         self.eoi_cpus = 0
+        self.eoi_deadline = 0  # when the EOI is forced, in ns; 0: none is due
         self.eoi_timer: Timer | None = None
 
     def do_irq(self, apic: LocalApic, vector: int) -> None:
@@ -65,7 +68,6 @@ class GuestAction:
             for domain, pirq in self.guests:
                 send_guest_pirq(domain, pirq)
             return
-        self.stop_timer()
         if self.ack_type == ACKTYPE_EOI:
             apic.pending_eoi.append([desc.irq, vector, 0])
             self.eoi_cpus |= 1 << apic.cpu
@@ -75,16 +77,22 @@ class GuestAction:
                 self.in_flight += 1
             send_guest_pirq(domain, pirq)
         clock = self.irqs.clock
-        self.eoi_timer = clock.at(clock.now() + EOI_TIMEOUT_NS, self.force_eoi)
+        self.eoi_deadline = clock.now() + EOI_TIMEOUT_NS
+        if self.eoi_timer is None:
+            self.eoi_timer = clock.at(self.eoi_deadline, self._timer)
 
-    def stop_timer(self) -> None:
-        if self.eoi_timer is not None:
-            self.eoi_timer.cancel()
-            self.eoi_timer = None
+    def _timer(self) -> None:
+        """One timer for many interrupts: it looks whether it is time by now."""
+        self.eoi_timer = None
+        if self.eoi_deadline:
+            if self.irqs.clock.now() < self.eoi_deadline:
+                self.eoi_timer = self.irqs.clock.at(self.eoi_deadline, self._timer)
+            else:
+                self.eoi_deadline = 0
+                self.force_eoi()
 
     def force_eoi(self) -> None:
         """A guest didn't EOI within a millisecond: it is done without it (irq_guest_eoi_timer_fn)."""
-        self.eoi_timer = None
         if not self.in_flight:
             return
         for _, pirq in self.guests:
@@ -163,7 +171,7 @@ def desc_guest_eoi(desc: IrqDesc, pirq: Pirq) -> None:
     action.in_flight -= 1
     if action.in_flight:
         return
-    action.stop_timer()
+    action.eoi_deadline = 0
     action.finish()
 
 
@@ -223,7 +231,7 @@ def unbind(irqs: Irqs, domain: Domain, pirq: Pirq, desc: IrqDesc) -> None:
     desc.status |= IRQ_DISABLED
     if action.eoi_cpus:
         set_eoi_ready(irqs, action)
-    action.stop_timer()
+    action.eoi_deadline = 0
     desc.action = None
     desc.status &= ~(IRQ_GUEST | IRQ_INPROGRESS)
     desc.handler.shutdown(desc)

@@ -339,13 +339,18 @@ class DomainPirqs:
             irqs.destroy(irq)
 
     def destroy(self) -> None:
-        """The domain has ended, its ports are closed (free_domain_pirqs; its EOI map is its own no more)."""
+        """The domain has ended, its ports are closed (free_domain_pirqs). Its devices go back to domain 0."""
         self._drop_eoi_map()
         for pirq in sorted(self._info):
             if self.irq(pirq) > 0:
                 self.unmap(pirq)
         self._info.clear()
         self.permitted.clear()
+        hypervisor = self._domain.hypervisor
+        if "irqs" in vars(hypervisor):
+            for device in hypervisor.irqs.pci.values():
+                if device.owner is self._domain:
+                    device.owner = hypervisor.domains.get(0)
 
     # -- the EOI map ---------------------------------------------------------------------------------------------------
 
