@@ -255,6 +255,10 @@ class XenLinuxSuse(XenLinuxPirq):
     def evtchn_from_per_cpu_irq(self, irq: int, cpu: int) -> int:
         return self.percpu_evtchn[irq][cpu]
 
+    def ports_of_irq(self, irq: int) -> list[int]:
+        ports = self.percpu_evtchn.get(irq)
+        return super().ports_of_irq(irq) if ports is None else [port for port in ports if port]
+
     def _note_affinity(self, desc: IrqDesc26, cpu: int) -> None:
         if desc.status & Status2632.PER_CPU:
             desc.affinity |= 1 << cpu
