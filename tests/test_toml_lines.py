@@ -57,7 +57,7 @@ x = 1
         (("domain", 1, "name"), 22),
         (("domain", 1, "disk", "size"), 23),
         (("domain", 1, "disk2", 0, "x"), 25),
-        (("domain", 7, "name"), 1),
+        (("domain", 7, "name"), 14),
     ],
 )
 def test_lines(path: tuple[str | int, ...], line: int) -> None:

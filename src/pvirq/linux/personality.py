@@ -129,6 +129,13 @@ class Personality(ABC):
     def send_ipi(self, cpu: int, ipi: Ipi) -> None:
         """Interrupt another CPU (or this one)."""
 
+    def poll_spinlock(self, cpu: int) -> bool:
+        """A CPU that waits for a lock polls for its holder's IPI: has it come? Each counts in the lock's row.
+
+        Never in a kernel whose waiters only spin.
+        """
+        return False
+
     @abstractmethod
     def evtchn_user(self, name: str) -> EvtchnUser:
         """Open /dev/xen/evtchn for a process `name`."""

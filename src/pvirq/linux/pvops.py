@@ -96,7 +96,7 @@ class Pvops(EventsPirq, Personality):
         self._percpu_irqs: list[list[int]] = [[] for _ in range(self.nr_cpus)]
         # The drivers that bind channels at boot, in order. Hardware puts its own between: see
         # `initcall_after`.
-        self.initcalls: list[tuple[str, Callable[[], None]]] = [
+        self.initcalls: list[tuple[str, Callable[[], object]]] = [
             ("xenbus", self._init_xenbus),
             *([("xen-pcpu", self._init_pcpu), ("mce", self._init_mce)] if self.initial else []),
             ("hvc_console", self._init_hvc),
@@ -110,7 +110,7 @@ class Pvops(EventsPirq, Personality):
 
     # Boot (xen_init_IRQ, arch/x86/xen/{time,smp,smp_pv,spinlock}.c).
 
-    def initcall_after(self, name: str, new: str, call: Callable[[], None]) -> None:
+    def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
         """Put a driver behind another in the boot order: domain 0's ACPI line follows "xen-pcpu", and so on.
 
         KeyError where no driver has that name.
@@ -204,6 +204,16 @@ class Pvops(EventsPirq, Personality):
         """The IPI that wakes a waiter for a spinlock: polled for, never delivered; one CPU needs none."""
         if self.nr_cpus > 1:
             self.irq.disable_irq(self._bind_ipi(Ipi.SPIN_UNLOCK, cpu, "spinlock", lambda: None))
+
+    def poll_spinlock(self, cpu: int) -> bool:
+        """xen_qlock_wait, after xen_poll_irq."""
+        desc = self.irq.descs.get(self._ipi_to_irq[cpu][Ipi.SPIN_UNLOCK])
+        port = self.evtchn_from_irq(desc.irq) if desc else 0
+        if desc is None or not port or not self.ops.is_pending(port):
+            return False
+        self.ops.clear_pending(port)
+        desc.kstat[cpu] += 1
+        return True
 
     def _smp_intr_init(self, cpu: int) -> None:
         self._bind_ipi(Ipi.RESCHEDULE, cpu, "resched", self._reschedule_interrupt)

@@ -15,6 +15,11 @@ class Contents:
         self._sectors: dict[tuple[BlkFront, int], bytes] = {}
         self.wrong = 0
 
+    @property
+    def known(self) -> int:
+        """How many sectors' contents are known."""
+        return len(self._sectors)
+
     def write(self, disk: BlkFront, sector: int, data: bytes) -> Body[None]:
         """Write to a disk and remember what."""
         yield from disk.write(sector, data)

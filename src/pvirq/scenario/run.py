@@ -66,7 +66,8 @@ class Outside(Completion[None]):
 class Run:
     """One run of a scenario. Build it, `start` the workload, `run`; then look at `members` and `host`.
 
-    `times_done` of `times` things of the workload are done. ScenarioError where something in the file can't be.
+    Of what has begun of the workload `times` things are to be done, and `times_done` are. ScenarioError where something
+    in the file can't be.
     """
 
     def __init__(self, scenario: Scenario, on_built: Callable[[], object] = lambda: None) -> None:
@@ -121,6 +122,8 @@ class Run:
                 guest = self.host.model(factory, vcpus=spec.vcpus, name=name)
                 self.members[name] = Member(name, guest.kernel, guest.xs, guest, spec=spec)
                 self._attach(guest, spec, ("domain", i))
+                # One after the other, as xl creates them: that decides domain 0's IRQ numbers.
+                self.host.run(lambda: self.host.quiet)
                 self._on_built()
 
     def _attach(self, guest: ModelledGuest, spec: DomainSpec, path: Path) -> None:
@@ -168,9 +171,7 @@ class Run:
                         (*workload.path, "on"), f"expected domains of this scenario, not {', '.join(workload.on)}"
                     )
                 for member in found:
-                    before = len(self._parts)
                     workload.start_on(self, member, random.Random(f"{scenario.seed}/{i}/{member.name}"))
-                    self.times += workload.count * (len(self._parts) - before)
         except Unexpected as error:
             raise scenario.error(error) from None
 

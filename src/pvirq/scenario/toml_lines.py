@@ -37,6 +37,7 @@ def _lines(text: str) -> dict[Path, int]:
         if starts and (header := _HEADER.match(line)):
             path = _resolve(_parts(header[2]), arrays)
             if header[1] == "[[":
+                found.setdefault(path, number)
                 arrays[path] = arrays.get(path, -1) + 1
                 path = (*path, arrays[path])
             table = path

@@ -62,6 +62,7 @@ class Workload:
 
     def times(self, run: Run, rng: random.Random) -> Iterator[int]:
         """How long to wait (ns) before each time; asking for the next one says that this one is done."""
+        run.times += self.count
         for i in range(self.count):
             gap = int(self.every * (1 + self.jitter * (2 * rng.random() - 1))) if self.jitter else self.every
             yield gap if i else self.start
@@ -121,6 +122,7 @@ class Ipis(Workload):
                 kernel.reschedule(targets[i % len(targets)])
             elif self.what == "spinlock":
                 kernel.events.send_ipi(targets[i % len(targets)], Ipi.SPIN_UNLOCK)
+                kernel.events.poll_spinlock(targets[i % len(targets)])
             elif self.what == "call1func":
                 kernel.smp_call_function_single(targets[i % len(targets)], nothing)
             elif self.what == "callfunc":
