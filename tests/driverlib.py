@@ -73,9 +73,11 @@ class Guest:
     def destroy(self) -> None:
         """What `xl destroy` does, as far as devices see it."""
         events = self.host.xenstored_events
+        self.host.manager.detach_all(self.domain.domid)
         events.unbind(self._ends[0])
         self.host.xenconsoled_events.unbind(self._ends[1])
         self.host.xenstored.release(self.domain.domid)
+        toolstack.remove_domain(self.host.store, self.domain.domid, self.uuid)
         self.host.hypervisor.destroy_domain(self.domain)
         self.host.guests.remove(self)
 
@@ -115,7 +117,7 @@ class Host:
             ran = False
             for kernel in (self.dom0, *(guest.kernel for guest in self.guests)):
                 for vcpu in kernel.domain.vcpus:
-                    if vcpu.runnable and vcpu.event_pending():
+                    if vcpu.runnable:
                         kernel.run(vcpu)
                         ran = True
             if not ran:

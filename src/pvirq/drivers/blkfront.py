@@ -333,6 +333,8 @@ class BlkFront(Driver):
 
     def probe(self) -> Body[None]:
         self.handle = yield from self.dev.xs.read_int(self.dev.path("virtual-device"))
+        if self.dev.state != XenbusState.Initialising:  # it was driven before
+            yield from self.dev.await_backend()
 
     def otherend_changed(self, state: XenbusState) -> Body[None]:
         """blkback_changed."""

@@ -41,7 +41,7 @@ class Interface:
 class Nic(Protocol):
     """The driver of a physical network card (`pvirq.hardware.nic`)."""
 
-    on_receive: Callable[[bytes], None] | None
+    on_receive: Callable[[bytes], None]
 
     def transmit(self, frame: bytes) -> object:
         """Send a frame."""

@@ -105,7 +105,7 @@ class NetBack(Driver):
                 dev.kernel.printk(f"vif {dev.ident}: prepare for reconnect")
                 yield from dev.switch_state(XenbusState.InitWait)
         elif state == XenbusState.Connected:
-            if dev.state != XenbusState.Connected and self._wanted != XenbusState.Connected:
+            if XenbusState.Connected not in (dev.state, self._wanted):
                 self.disconnect()
                 if (yield from self._connect()):
                     yield from self._await_hotplug()

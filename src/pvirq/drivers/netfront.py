@@ -75,7 +75,7 @@ class NetFront(Driver):
     # -- for the bus ---------------------------------------------------------------------------------------------------
 
     def probe(self) -> Body[None]:
-        yield from self.dev.switch_state(XenbusState.Initialising)
+        yield from self.dev.await_backend()
 
     def otherend_changed(self, state: XenbusState) -> Body[None]:
         """netback_changed."""

@@ -173,7 +173,7 @@ class FrontQueue:
         tx = self.tx
         if tx.free < slots + bool(skb.gso_size) or len(self._tx_ids) < slots:
             return False
-        mfns = []
+        mfns: list[int] = []
         try:
             while len(mfns) < slots:
                 mfns.append(self._pages.alloc(zero=False))

@@ -8,7 +8,7 @@ A kernel has one `Xenbus`. Its frontends are found under `device/`, its backends
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -17,10 +17,12 @@ from pvirq.drivers.grants import Gnttab
 from pvirq.drivers.pages import Pages
 from pvirq.drivers.xs import Xs, XsWatch
 from pvirq.linux.kernel import Kernel
-from pvirq.linux.kthread import Body, Kthread
+from pvirq.linux.kthread import Body, Kthread, sleep
+from pvirq.xen.timer import NS_PER_S
 
 FRONTEND_LEVELS: Final = 2  # device/<type>/<id>
 BACKEND_LEVELS: Final = 3  # backend/<type>/<domain>/<id>
+BACKEND_LOOK_NS: Final = 5 * NS_PER_S  # XENNET_TIMEOUT
 
 
 class Driver(ABC):
@@ -108,6 +110,18 @@ class Device:
         """A frontend has nothing to lose any more (xenbus_frontend_closed)."""
         yield from self.switch_state(XenbusState.Closed)
 
+    def await_backend(self) -> Body[None]:
+        """A frontend that begins anew says so and waits until its backend has left the old connection behind
+
+        (as netfront_probe does, which looks every 5 seconds).
+        """
+        yield from self.switch_state(XenbusState.Initialising)
+        while True:
+            state = yield from read_driver_state(self.xs, self.otherend)
+            if state not in (XenbusState.Closed, XenbusState.Unknown):
+                return
+            yield from sleep(self.kernel, BACKEND_LOOK_NS)
+
     def error(self, error: Exception, what: str) -> Body[None]:
         """Log, and leave it in the store under error/ (xenbus_dev_error)."""
         errno = error.errno if isinstance(error, XenError) else Errno.EINVAL
@@ -141,15 +155,18 @@ class Device:
         except XenError as error:
             yield from self.error(error, "watching other end")
 
-    def unbind(self) -> Body[None]:
-        """The driver lets go (xenbus_dev_remove)."""
+    def unbind(self, *, silent: bool = False) -> Body[None]:
+        """The driver lets go (xenbus_dev_remove); `silent`: without telling the other end."""
         driver, self.driver = self.driver, None
         if driver is None:
             return
         yield from self._unwatch_otherend()
         yield from driver.remove()
         yield from self._free_otherend()
-        yield from self.switch_state(XenbusState.Closed)
+        if silent:
+            self.state = XenbusState.Unknown  # whatever it was: the driver that comes next has set none yet
+        else:
+            yield from self.switch_state(XenbusState.Closed)
 
     def _talk_to_otherend(self) -> Body[None]:
         id_node, path_node = self.bus.otherend_nodes
@@ -212,14 +229,15 @@ class Bus:
             if dev.kind == kind:
                 yield from dev.unbind()
 
-    def rebind(self, dev: Device) -> Body[None]:
-        """Begin with a device anew (echo its name > unbind, then > bind): it makes new rings and reconnects."""
-        yield from dev.unbind()
-        dev.state = XenbusState.Closed
-        yield from dev.switch_state(XenbusState.Initialising)
-        dev.state = XenbusState.Initialising
-        if dev.kind in self._drivers:
-            yield from dev.bind(self._drivers[dev.kind])
+    def kill_driver(self, kind: str) -> Body[None]:
+        """Lose a driver without a word, as when its domain crashes: rings and channels are gone, the nodes stay.
+
+        A backend that is registered again then goes on with the rings of frontends that have not noticed.
+        """
+        del self._drivers[kind]
+        for dev in list(self.devices.values()):
+            if dev.kind == kind:
+                yield from dev.unbind(silent=True)
 
     def start(self) -> Body[None]:
         """Find what is there, then follow changes (xenbus_probe_devices and the watch)."""
@@ -279,15 +297,15 @@ class Xenbus:
         self.frontends = Bus(self, "device", FRONTEND_LEVELS, ("backend-id", "backend"))
         self.backends = Bus(self, "backend", BACKEND_LEVELS, ("frontend-id", "frontend"))
 
-    def start_frontends(self, drivers: dict[str, DriverFactory]) -> Kthread[None]:
+    def start_frontends(self, drivers: Mapping[str, DriverFactory]) -> Kthread[None]:
         """Probe the frontends in a thread, as at boot: its end is the end of the first look at `device/`."""
         return Kthread(self.kernel, "xenbus_probe", self._start(self.frontends, drivers))
 
-    def start_backends(self, drivers: dict[str, DriverFactory]) -> Kthread[None]:
+    def start_backends(self, drivers: Mapping[str, DriverFactory]) -> Kthread[None]:
         """The same for backends."""
         return Kthread(self.kernel, "xenbus_probe", self._start(self.backends, drivers))
 
-    def _start(self, bus: Bus, drivers: dict[str, DriverFactory]) -> Body[None]:
+    def _start(self, bus: Bus, drivers: Mapping[str, DriverFactory]) -> Body[None]:
         for kind, factory in drivers.items():
             yield from bus.register_driver(kind, factory)
         yield from bus.start()

@@ -126,6 +126,7 @@ def remove_domain(store: Client, domid: int, vm_uuid: str) -> None:
     """Take a domain's nodes away after its end; what is gone already doesn't matter."""
     for path in (
         f"/local/domain/{domid}",
+        f"/local/domain/0/backend/console/{domid}/0",  # first: domain 0's kernel looks for devices that go
         f"/local/domain/0/backend/console/{domid}",
         f"/libxl/{domid}",
         f"/vm/{vm_uuid}",
