@@ -41,7 +41,7 @@ class Setup:
     def run(self) -> None:
         """Until every vCPU blocks."""
         vcpus = self.domain.vcpus
-        while ready := [vcpu for vcpu in vcpus if vcpu.runnable and vcpu.event_pending()]:
+        while ready := [vcpu for vcpu in vcpus if vcpu.runnable]:
             for vcpu in ready:
                 self.kernel.run(vcpu)
 

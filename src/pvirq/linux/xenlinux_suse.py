@@ -358,6 +358,7 @@ class XenLinuxSuse(XenLinuxPirq):
                 elif each.cpus >> cpu & 1:
                     still_used = True
             if still_used:
+                self._open_percpu(irq, port)  # the kernel forgets to, and the CPU's timer stands still
                 port = 0
         if port:
             self.irq.desc(irq).affinity &= ~(1 << cpu)
