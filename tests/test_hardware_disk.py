@@ -14,27 +14,29 @@ from hardwarelib import COUNTS_DISABLED, FORGETS_DISABLED, KERNELS, Rig
 from pvirq.abi.errno import Errno
 from pvirq.hardware.ata import AtaDriver
 from pvirq.hardware.device import Board
-from pvirq.hardware.disk import MAX_SECTORS, SECTOR, TIMEOUT_NS, BlockDriver, Medium, Timing
+from pvirq.hardware.disk import SECTOR, TIMEOUT_NS, BlockDriver, Medium, Timing
 from pvirq.linux.irq import IRQ_NONE
 from pvirq.xen.timer import NS_PER_S
 
-FIXED = {"size_mib": 4, "command_ns": 1000, "seek_ns": 0, "bytes_per_s": 512_000_000}  # 1 us a sector
-CONTROLLERS: dict[str, tuple[dict[str, object], str]] = {
-    "legacy": ({"type": "ata_piix", "gsi": 15}, "ata_piix"),
-    "native": ({"type": "ata_piix", "gsi": 18, "native": True}, "ata_piix"),
-    "ahci-msi": ({"type": "ahci"}, "ahci"),
-    "ahci-line": ({"type": "ahci", "gsi": 19}, "ahci"),
-    "virtio": ({"type": "virtio-blk", "queues": 1}, "disk-req.0"),
+FIXED = {"size_mib": 8, "command_ns": 1000, "seek_ns": 0, "bytes_per_s": 512_000_000}  # 1 us a sector
+CONTROLLERS: dict[str, dict[str, object]] = {
+    "legacy": {"type": "ata_piix", "gsi": 15},
+    "native": {"type": "ata_piix", "gsi": 18, "native": True},
+    "ahci-msi": {"type": "ahci"},
+    "ahci-line": {"type": "ahci", "gsi": 19},
+    "virtio": {"type": "virtio-blk", "queues": 1},
 }
 Result = tuple[bytes | None, Errno | None, int]
 
 
 class DiskRig(Rig):
     def __init__(self, controller: str, kernel: str = "pvops", **parameters: object) -> None:
-        row, self.row = CONTROLLERS[controller]
-        super().__init__([{**row, "name": "disk", **FIXED, **parameters}], kernel)
+        super().__init__([{**CONTROLLERS[controller], "name": "disk", **FIXED, **parameters}], kernel)
         self.disk = self.platform.device("disk", BlockDriver)  # type: ignore[type-abstract]
         self.results: list[Result] = []
+        self.irq = self.disk._irqs[-1][0]
+        self.sleep(1_000_000)
+        self.at_start = self.count(self.irq)
 
     def submit(self, sector: int, count: int, data: bytes | None = None) -> None:
         self.disk.submit(sector, count, data, self._done)
@@ -49,7 +51,7 @@ class DiskRig(Rig):
 
     @property
     def interrupts(self) -> int:
-        return self.named(self.row)
+        return self.count(self.irq) - self.at_start
 
 
 @pytest.fixture(params=[(controller, kernel) for controller in CONTROLLERS for kernel in KERNELS], ids="-".join)
@@ -86,12 +88,13 @@ def test_requests_are_done_in_order(rig: DiskRig) -> None:
 
 
 def test_a_long_request_is_several_commands(rig: DiskRig) -> None:
-    """Half a megabyte each, and an interrupt each."""
-    data = Random(2).randbytes((2 * MAX_SECTORS + 1) * SECTOR)
-    rig.submit(7, 2 * MAX_SECTORS + 1, data)
+    """An interrupt each."""
+    most = rig.disk.max_sectors
+    data = Random(2).randbytes((2 * most + 1) * SECTOR)
+    rig.submit(7, 2 * most + 1, data)
     assert [result[:2] for result in rig.wait()] == [(None, None)]
     assert rig.interrupts == 3
-    rig.submit(7, 2 * MAX_SECTORS + 1)
+    rig.submit(7, 2 * most + 1)
     ((got, _, _),) = rig.wait()
     assert got == data
 
@@ -144,6 +147,31 @@ def test_done_may_submit(rig: DiskRig) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_probing(kernel: str) -> None:
+    """ata_piix asks its disk without interrupts, ahci has one for each of libata's commands."""
+    for controller, count, row in (
+        ("legacy", 0, "ata_piix"),
+        ("ahci-msi", 3, "ahci[0000:00:01.0]" if kernel.startswith("pvops") else "ahci"),
+        ("virtio", 0, "disk-req.0"),
+    ):
+        rig = DiskRig(controller, kernel)
+        assert (rig.at_start, rig.irq) == (count, rig.irq_of(row))
+        rig.close()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_how_much_a_command_moves(kernel: str) -> None:
+    new = kernel.startswith("pvops")
+    for controller, sectors in (("legacy", 512 if new else 1024), ("virtio", 2560 if new else 1024)):
+        rig = DiskRig(controller, kernel)
+        assert rig.disk.max_sectors == sectors
+        rig.submit(0, 2048)
+        rig.wait()
+        assert rig.interrupts == max(2048 // sectors, 1)
+        rig.close()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_lost_interrupt_is_found_after_half_a_minute(kernel: str) -> None:
     """The completion's edge comes while somebody else answers for the line: libata looks at the disk in the end."""
     rig = DiskRig("legacy", kernel)
@@ -165,7 +193,7 @@ def test_completions_while_the_line_is_off_are_one_interrupt(kernel: str) -> Non
     """AHCI notes each; the first look finds all. Where the kernel forgets the message, that is the timeout's."""
     for controller in ("ahci-msi", "ahci-line"):
         rig = DiskRig(controller, kernel)
-        irq = rig.irq_of("ahci")
+        irq = rig.irq
         rig.kernel.irq.disable_irq(irq)
         for i in range(10):
             rig.submit(i, 1)

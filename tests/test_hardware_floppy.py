@@ -45,9 +45,10 @@ def read(rig: Rig, sector: int, count: int) -> tuple[bytes | None, Errno | None,
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_idle_counts(kernel: str) -> None:
-    """A reset, and where udev looks at once, a recalibrate and a step that finds no disk."""
-    for opened, count in ((False, 1), (True, 3)):
-        rig = Rig([{"type": "floppy", "opened": opened}], kernel)
+    """A reset, one more to let a controller out that was held in it, and where udev looks at once, a recalibrate and
+    a step that finds no disk."""
+    for held, opened, count in ((False, False, 1), (False, True, 3), (True, False, 2), (True, True, 4)):
+        rig = Rig([{"type": "floppy", "held": held, "opened": opened}], kernel)
         rig.sleep(10 * NS_PER_S)
         assert rig.count(6) == count
         assert not driver(rig).fdc.motor

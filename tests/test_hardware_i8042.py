@@ -31,10 +31,11 @@ def driver(rig: Rig) -> I8042Driver:
 @pytest.mark.parametrize(
     ("parameters", "keyboard", "mouse"),
     [
-        # A keyboard answers GETID, RESET_DIS, SETLEDS, SETREP and ENABLE with 3 + 1 + 2 + 2 + 1 bytes; the mouse's
-        # line has the test's byte and what is said to those that look for a keyboard (2), then for a mouse.
+        # A keyboard answers GETID, DISABLE, SETLEDS, SETREP and ENABLE with 3 + 1 + 2 + 2 + 1 bytes; the mouse's
+        # line has the test's byte and what is said to those that look for a keyboard (2), then for a mouse: GETID,
+        # DEFAULTS twice, RESET, ENABLE.
         ({"psmouse": False}, 9, 3),
-        ({}, 9, 3 + 2 + 1 + 2 + 2 + 1 + 1),
+        ({}, 9, 3 + 2 + 1 + 1 + 3 + 1),
         # Nobody there: the controller gives up, once for each command.
         ({"mouse": False}, 9, 4),
         ({"mouse": False, "psmouse": False}, 9, 3),

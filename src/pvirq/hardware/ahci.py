@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, Driver, HardwareError, Interrupt, Message
+from pvirq.hardware.device import Board, Driver, Interrupt, Message
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
+from pvirq.linux.pvops import Pvops
 from pvirq.xen.msi import PciDevice
+from pvirq.xen.msi import name as name_of
 from pvirq.xen.timer import Timer
 
 SLOTS: Final = 32
+IDENTIFY_COMMANDS: Final = 3  # identify, set the transfer mode, identify again
 # PxIS.
 PORT_SDB_FIS: Final = 1 << 3  # a queued command is done
 PORT_TF_ERR: Final = 1 << 30
@@ -97,7 +100,7 @@ class AhciDriver(BlockDriver):
         self.hba = hba
         self.pci = pci
         self._gsi = gsi
-        self._row = row
+        self._row = row or (f"ahci[{name_of(pci.sbdf)}]" if isinstance(self.kernel.events, Pvops) else "ahci")
         self._slots: list[Command | None] = [None] * SLOTS
 
     def probe(self) -> None:
@@ -107,6 +110,12 @@ class AhciDriver(BlockDriver):
         else:
             irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
         self.request_irq(irq, self._interrupt, IRQF_SHARED, self._row)
+        self.kernel.queue_work(lambda: self._identify(IDENTIFY_COMMANDS))
+
+    def _identify(self, left: int) -> None:
+        """Commands of libata's own, one after the other, which interrupt here as all do (on ata_piix they don't)."""
+        if left:
+            self.flush(lambda data, error: self._identify(left - 1) if error is None else None)
 
     def _reset(self) -> None:
         self._slots = [None] * SLOTS
@@ -142,16 +151,17 @@ class AhciDriver(BlockDriver):
 
 @dataclass(frozen=True)
 class AhciDeclaration(DiskDeclaration):
-    """An AHCI controller with one disk, by MSI, or (gsi) on a shared level line; `row` in /proc/interrupts."""
+    """An AHCI controller with one disk, by MSI, or (gsi) on a shared level line.
+
+    Its row is `row`, else as the kernel has it: ahci, in Linux 6.1 with the device behind it.
+    """
 
     gsi: int = -1
     slot: str = ""
-    row: str = "ahci"
+    row: str = ""
     driver: ClassVar[type[Driver]] = AhciDriver
 
     def make(self, board: Board) -> AhciDriver:
-        if not self.row:
-            raise HardwareError("row: expected a name for /proc/interrupts")
         pci = board.pci(self.name, self.slot)
         gsi = None if self.gsi < 0 else self.gsi
         interrupt = Message(pci) if gsi is None else board.pin(gsi)

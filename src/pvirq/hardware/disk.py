@@ -14,12 +14,12 @@ from typing import Final, Protocol
 from pvirq.abi.errno import Errno
 from pvirq.hardware.device import Board, Declaration, Driver, HardwareError
 from pvirq.linux.kernel import KernelTimer
+from pvirq.linux.pvops import Pvops
 from pvirq.xen.memory import MAP_NORESERVE
 from pvirq.xen.timer import NS_PER_S
 
 SECTOR: Final = 512
 MIB: Final = 1 << 20
-MAX_SECTORS: Final = 1024  # of one command: the block layer's limit of those years, 512 KiB
 TIMEOUT_NS: Final = 30 * NS_PER_S  # SCSI's
 
 Done = Callable[[bytes | None, Errno | None], None]
@@ -169,7 +169,13 @@ class BlockDriver(Driver):
     A subclass gives commands to its disk (`_issue`) and calls `_complete` from its interrupt handler. Requests are
     neither merged nor put in another order. A command whose interrupt doesn't come within 30 s is asked after by
     `_timed_out`.
+
+    A command moves `max_sectors` at most: where the disk's memory is a PV kernel's, Linux 6.1 keeps to what its bounce
+    buffers hold in a row, 256 KiB; old kernels to the block layer's limit of those years.
     """
+
+    max_sectors = 512
+    max_sectors_old = 1024  # BLK_DEF_MAX_SECTORS of 2.6
 
     uses = {"read": "read 4 KiB somewhere", "write": "write 4 KiB somewhere", "flush": "flush what was written"}
 
@@ -178,6 +184,8 @@ class BlockDriver(Driver):
         super().__init__(board, name)
         self.medium = medium
         self._slot_count = self._free_slots = slots
+        if not isinstance(self.kernel.events, Pvops):
+            self.max_sectors = self.max_sectors_old
         self._waiting: deque[Command] = deque()
         self._issued: list[Command] = []
         self._timer: KernelTimer | None = None
@@ -196,8 +204,8 @@ class BlockDriver(Driver):
             error = Errno.EIO if self.bound else Errno.ENXIO
             self.kernel.queue_work(lambda: done(None, error))
             return
-        for at in range(0, count, MAX_SECTORS):
-            part = min(MAX_SECTORS, count - at)
+        for at in range(0, count, self.max_sectors):
+            part = min(self.max_sectors, count - at)
             piece = None if data is None else data[at * SECTOR : (at + part) * SECTOR]
             request.parts.append(Command(sector + at, part, piece, request, data is not None))
         request.left = len(request.parts)

@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from pvirq.abi.errno import Errno
 from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver
 from pvirq.hardware.disk import SECTOR
-from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqReturn
+from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
 from pvirq.linux.kthread import Body, Completion, Kthread, sleep
 
 # Commands, and status register 0.
@@ -45,7 +45,9 @@ SPIN_DOWN_NS: Final = 3000 * MS
 class Fdc:
     """Controller and drive. `disk` is what is in the drive; None: nothing."""
 
-    def __init__(self, board: Board, gsi: int) -> None:
+    def __init__(self, board: Board, gsi: int, held: bool) -> None:
+        """`held`: the firmware has left it in reset."""
+        self.held = held
         self.disk: bytearray | None = None
         self.motor = False
         self.changed = True  # the disk-change line: up until a step finds a disk
@@ -59,7 +61,9 @@ class Fdc:
         self.transferred = b""
 
     def reset(self) -> None:
-        """Through the digital output register: everything is forgotten; the line rises when the controller is back."""
+        """Into reset and out again, by the digital output register: everything is forgotten; the line rises when the
+        controller is back."""
+        self.held = False
         self._rw, self._result, self._sense = None, b"", ST0_RESET
         self._pin.lower()
         self._to = self._at
@@ -155,10 +159,9 @@ class FloppyDriver(Driver):
     def _interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         """floppy_interrupt: the result, or where there is none, sense what happened."""
         waiting, self._interrupted = self._interrupted, None
-        if waiting is None:
-            return IRQ_NONE
         result: bytes | tuple[int, int] = self.fdc.read_result() or self.fdc.sense_interrupt()
-        waiting.complete(result)
+        if waiting is not None:
+            waiting.complete(result)
         return IRQ_HANDLED
 
     def _do(self, start: Callable[[], None]) -> Body[tuple[int, int] | bytes | None]:
@@ -173,6 +176,8 @@ class FloppyDriver(Driver):
         return result
 
     def _work(self) -> Body[None]:
+        if self.fdc.held:
+            yield from self._do(self.fdc.reset)  # floppy_grab_irq_and_dma lets it out
         yield from self._do(self.fdc.reset)
         while True:
             while not self._requests:
@@ -255,11 +260,15 @@ class FloppyDriver(Driver):
 
 @dataclass(frozen=True)
 class FloppyDeclaration(Declaration):
-    """A floppy controller with one 1.44 MB drive, empty; `opened`: udev looks into it at boot."""
+    """A floppy controller with one 1.44 MB drive, empty; `opened`: udev looks into it at boot.
+
+    `held`: the firmware has left the controller in reset.
+    """
 
     gsi: int = 6
     opened: bool = True
+    held: bool = False
     driver: ClassVar[type[Driver]] = FloppyDriver
 
     def make(self, board: Board) -> FloppyDriver:
-        return FloppyDriver(board, self.name, Fdc(board, self.gsi), self.gsi, self.opened)
+        return FloppyDriver(board, self.name, Fdc(board, self.gsi, self.held), self.gsi, self.opened)

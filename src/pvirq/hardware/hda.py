@@ -1,4 +1,4 @@
-"""A sound card, HD Audio: an interrupt for each period that a stream has played, on a shared level line."""
+"""A sound card, HD Audio: an interrupt for each period that a stream has played, by MSI or on a shared level line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, HardwareError
+from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, HardwareError, Interrupt, Message
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
+from pvirq.xen.msi import PciDevice
 
 STREAM: Final = 0x01  # of the interrupt status register: the one stream's
 
@@ -16,8 +17,8 @@ STREAM: Final = 0x01  # of the interrupt status register: the one stream's
 class HdaController:
     """The controller with one output stream: the line is up from a period's end until that is acknowledged."""
 
-    def __init__(self, board: Board, gsi: int) -> None:
-        self._pin = board.pin(gsi)
+    def __init__(self, board: Board, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
         self._status = 0
         self._period_ns = 0
         self._period = Deferred(board, self._elapsed)
@@ -28,7 +29,7 @@ class HdaController:
     def acknowledge(self) -> None:
         """A write of ones to the stream's status register."""
         self._status = 0
-        self._pin.lower()
+        self._interrupt.lower()
 
     def run(self, period_ns: int) -> None:
         """Start the stream; 0: stop it."""
@@ -44,8 +45,9 @@ class HdaController:
             self._period.after(period_ns)
 
     def _elapsed(self) -> None:
-        self._status |= STREAM
-        self._pin.raise_()
+        if not self._status:
+            self._status = STREAM
+            self._interrupt.raise_()
         if self._period_ns:
             self._period.after(self._period_ns)
 
@@ -56,8 +58,11 @@ class HdaDriver(Driver):
     module = "snd_hda_intel"
     uses = {"period": "play one period of 10 ms"}
 
-    def __init__(self, board: Board, name: str, controller: HdaController, gsi: int, row: str) -> None:
+    def __init__(
+        self, board: Board, name: str, controller: HdaController, pci: PciDevice, gsi: int | None, row: str
+    ) -> None:
         super().__init__(board, name)
+        self.pci = pci
         self.controller = controller
         self._gsi = gsi
         self._row = row
@@ -65,8 +70,11 @@ class HdaDriver(Driver):
         self.on_period: Callable[[], None] = lambda: None
 
     def probe(self) -> None:
-        irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
-        self.request_irq(irq, self._interrupt, IRQF_SHARED, self._row)
+        if self._gsi is None:
+            irq = self.enable_msi(self.pci)[0]
+        else:
+            irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
+        self.request_irq(irq, self._interrupt, 0 if self._gsi is None else IRQF_SHARED, self._row)
 
     def remove(self) -> None:
         self.play(0)
@@ -93,13 +101,17 @@ class HdaDriver(Driver):
 
 @dataclass(frozen=True)
 class HdaDeclaration(Declaration):
-    """A sound card on a shared level line; `row` is what /proc/interrupts calls it."""
+    """A sound card on a shared level line, or (gsi = -1) by MSI; `row` is what /proc/interrupts calls it."""
 
     gsi: int = 16
+    slot: str = ""
     row: str = "HDA Intel"
     driver: ClassVar[type[Driver]] = HdaDriver
 
     def make(self, board: Board) -> HdaDriver:
         if not self.row:
             raise HardwareError("row: expected a name for /proc/interrupts")
-        return HdaDriver(board, self.name, HdaController(board, self.gsi), self.gsi, self.row)
+        pci = board.pci(self.name, self.slot)
+        gsi = None if self.gsi < 0 else self.gsi
+        interrupt = Message(pci) if gsi is None else board.pin(gsi)
+        return HdaDriver(board, self.name, HdaController(board, interrupt), pci, gsi, self.row)

@@ -271,7 +271,7 @@ class I8042Driver(Driver):
         elif len(found) < 2:
             return False
         else:
-            yield from port.command(ps2.CMD_RESET_DIS)
+            yield from port.command(ps2.CMD_DISABLE)
         yield from port.command(ps2.CMD_SETLEDS, 0)
         yield from port.command(ps2.CMD_SETRATE, 0)
         yield from port.command(ps2.CMD_ENABLE)
@@ -279,14 +279,13 @@ class I8042Driver(Driver):
 
     @staticmethod
     def _ps2mouse(port: _Port) -> Body[bool]:
-        """psmouse_connect with proto=bare: it looks for no mouse of more than three bytes."""
+        """psmouse_connect, with psmouse.proto=bare: it looks for no mouse of more than three bytes."""
         found = yield from port.command(ps2.CMD_GETID, replies=1)
         if not found or found[0] not in (0, 3, 4, 0xFF):
             return False
-        yield from port.command(ps2.CMD_RESET_DIS)
-        yield from port.command(ps2.CMD_SETRATE, 100)
-        yield from port.command(ps2.CMD_SETRES, 3)
-        yield from port.command(ps2.CMD_SETSCALE11)
+        yield from port.command(ps2.CMD_DEFAULTS)
+        yield from port.command(ps2.CMD_DEFAULTS)  # psmouse_extensions begins anew
+        yield from port.command(ps2.CMD_RESET, replies=2)
         yield from port.command(ps2.CMD_ENABLE)
         return True
 

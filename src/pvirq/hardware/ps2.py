@@ -12,16 +12,16 @@ from typing import Final
 
 ACK: Final = 0xFA
 RESEND: Final = 0xFE
-CMD_RESET_DIS: Final = 0xF5
+SELF_TEST_PASSED: Final = 0xAA
+CMD_RESET: Final = 0xFF
+CMD_DEFAULTS: Final = 0xF6
+CMD_DISABLE: Final = 0xF5  # and defaults
 CMD_ENABLE: Final = 0xF4
 CMD_GETID: Final = 0xF2
 CMD_SETRATE: Final = 0xF3  # a keyboard's typematic rate, a mouse's sample rate
 CMD_SETLEDS: Final = 0xED
-CMD_SETRES: Final = 0xE8
-CMD_SETSCALE11: Final = 0xE6
-CMD_SETSTREAM: Final = 0xEA
 
-WITH_PARAMETER: Final = {CMD_SETRATE, CMD_SETLEDS, CMD_SETRES}
+WITH_PARAMETER: Final = {CMD_SETRATE, CMD_SETLEDS}
 KEYBOARD_ID: Final = b"\xab\x83"
 BREAK: Final = 0x80  # or'ed to the make code when the key goes up
 FIFO: Final = 16  # bytes that a device keeps while the controller has no room for them
@@ -69,7 +69,10 @@ class Ps2Device(ABC):
                 self._command = byte
             elif byte == CMD_GETID:
                 self.out += self._id()
-            elif byte in (CMD_ENABLE, CMD_RESET_DIS):
+            elif byte == CMD_RESET:
+                self.enabled = False
+                self.out += self._reset()
+            elif byte in (CMD_ENABLE, CMD_DISABLE):
                 self.enabled = byte == CMD_ENABLE
         self.send()
 
@@ -86,10 +89,17 @@ class Ps2Device(ABC):
     @abstractmethod
     def _id(self) -> bytes: ...
 
+    @abstractmethod
+    def _reset(self) -> bytes:
+        """What it says once it has tested itself."""
+
 
 class Keyboard(Ps2Device):
     def _id(self) -> bytes:
         return KEYBOARD_ID
+
+    def _reset(self) -> bytes:
+        return bytes((SELF_TEST_PASSED,))
 
     def make(self, key: str) -> None:
         """A key goes down. KeyError for one that there isn't."""
@@ -105,6 +115,9 @@ class Mouse(Ps2Device):
 
     def _id(self) -> bytes:
         return b"\0"
+
+    def _reset(self) -> bytes:
+        return bytes((SELF_TEST_PASSED,)) + self._id()
 
     def move(self, dx: int, dy: int, buttons: int = 0) -> None:
         """`dy` is positive upwards; buttons: 1 left, 2 right, 4 middle. ValueError beyond -256 to 255."""

@@ -80,6 +80,7 @@ class VirtioBlkDriver(BlockDriver):
     """The driver: a request goes into the queue of the CPU that makes it, whose message tells of its end."""
 
     module = "virtio_blk"
+    max_sectors = 2560  # BLK_DEF_MAX_SECTORS of 6.1
     uses = {**BlockDriver.uses, "config": "the host changes the configuration"}
 
     def __init__(self, board: Board, name: str, device: VirtioBlk) -> None:
