@@ -179,6 +179,19 @@ class Host:
         self.backends.manager.attach_nic(domid, Nic(devid, mac, bridge))
         return DeviceRef(domid, "vif", devid)
 
+    def pause(self, guest: Guest | ModelledGuest) -> None:
+        """Let a guest's vCPUs run no more until `unpause` (xl pause). Its events and timers go on."""
+        guest.domain.paused = True
+
+    def unpause(self, guest: Guest | ModelledGuest) -> None:
+        """Let a paused guest go on; nothing happens to one that has ended (xl unpause)."""
+        domain = guest.domain
+        if domain.shutdown_reason is None and not domain.dying:
+            domain.paused = False
+            for vcpu in domain.vcpus:
+                if vcpu.runnable:
+                    self._wake(vcpu)  # what woke it while it was paused was in vain
+
     def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
         if isinstance(guest, ModelledGuest):

@@ -89,9 +89,10 @@ class _Session:
         run = Run(self._scenario, on_built=messages.tick)
         try:
             self._views = self._find_views(run)
+            run.connect()
             messages.end()
             if before:
-                sys.stdout.write(self.text(run, "before"))
+                sys.stdout.write(self.text(run, "before") + "\n")
             run.start()
             if watch:
                 from pvirq.cli.model_watch import Watch

@@ -5,6 +5,7 @@ A disk driver (`pvirq.hardware.disk`) is such a store and answers by its interru
 
 from __future__ import annotations
 
+import mmap
 from typing import Final, Protocol, runtime_checkable
 
 from pvirq.abi.errno import Errno
@@ -32,12 +33,12 @@ class Discards(Protocol):
 
 
 class MemoryStore:
-    """Sectors in memory."""
+    """Sectors in memory, which takes none for what was never written."""
 
     def __init__(self, sectors: int, data: bytes = b"") -> None:
         """`sectors` of 512 bytes that begin with `data`."""
         self.sectors = sectors
-        self.data = bytearray(sectors * SECTOR)
+        self.data = mmap.mmap(-1, sectors * SECTOR, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.data[: len(data)] = data
         self.flushes = 0
 

@@ -64,14 +64,14 @@ class Outside(Completion[None]):
 
 
 class Run:
-    """One run of a scenario. Build it, `start` the workload, `run`; then look at `members` and `host`.
+    """One run of a scenario. Build it, `connect` it, `start` the workload, `run`; then look at `members` and `host`.
 
     Of what has begun of the workload `times` things are to be done, and `times_done` are. ScenarioError where something
     in the file can't be.
     """
 
     def __init__(self, scenario: Scenario, on_built: Callable[[], object] = lambda: None) -> None:
-        """`on_built` is called after each domain's building, which can be many."""
+        """`on_built` is called after each domain's building and connecting, which can be many."""
         self.scenario = scenario
         self._on_built = on_built
         self.times_done = 0
@@ -121,9 +121,8 @@ class Run:
                 name = spec.name if spec.count == 1 else f"{spec.name}-{number}"
                 guest = self.host.model(factory, vcpus=spec.vcpus, name=name)
                 self.members[name] = Member(name, guest.kernel, guest.xs, guest, spec=spec)
+                self.host.pause(guest)
                 self._attach(guest, spec, ("domain", i))
-                # One after the other, as xl creates them: that decides domain 0's IRQ numbers.
-                self.host.run(lambda: self.host.quiet)
                 self._on_built()
 
     def _attach(self, guest: ModelledGuest, spec: DomainSpec, path: Path) -> None:
@@ -159,8 +158,18 @@ class Run:
 
     # Going on.
 
+    def connect(self) -> None:
+        """Let the guests go until their devices are connected; the workload has not begun. A second time does nothing."""
+        for member in self.members.values():
+            if member.guest is not None and member.domain.paused:
+                # One after the other, as xl creates them: that decides domain 0's IRQ numbers.
+                self.host.unpause(member.guest)
+                self.host.run(lambda: self.host.quiet)
+                self._on_built()
+
     def start(self) -> None:
         """Set the workload off."""
+        self.connect()
         scenario = self.scenario
         self.host.clock.at(scenario.duration, lambda: None)  # something to wait for, where all is done before
         try:
