@@ -222,7 +222,7 @@ def test_hotplug_and_affinity() -> None:
     text = WORLD + (
         '[[workload]]\non = "g"\nkind = "affinity"\nirq = "xenbus"\ncpu = 1\n'
         '[[workload]]\non = "g"\nkind = "hotplug"\ncpu = 1\nto = "offline"\nstart = "1s"\n'
-        '[[workload]]\non = "g"\nkind = "xenstore"\nop = "write"\ncount = 10\nstart = "10ms"\n'
+        '[[workload]]\non = "g"\nkind = "xenstore"\nop = "write"\ncount = 12\nstart = "10ms"\n'
     )
     with running(text) as run:
         assert not run.run(NS_PER_S // 2)

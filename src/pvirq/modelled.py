@@ -99,16 +99,23 @@ class ModelledGuest:
         except XenError:
             return False
 
+    def has_disk(self, vdev: str) -> bool:
+        """The same for a disk."""
+        try:
+            return self.disk(vdev).ready.done
+        except XenError:
+            return False
+
     def wait_disk(self, vdev: str) -> Body[BlkFront]:
         """Wait in a thread of the guest's until a disk is there and connected."""
         disk = yield from self._wait_device(lambda: self.disk(vdev))
-        yield from disk.connected()
+        yield from disk.ready.wait()
         return disk
 
     def wait_nic(self, devid: int = 0) -> Body[NetFront]:
         """The same for a network interface."""
         nic = yield from self._wait_device(lambda: self.nic(devid))
-        yield from nic.connected()
+        yield from nic.ready.wait()
         return nic
 
     def _wait_device(self, find: Callable[[], T]) -> Body[T]:

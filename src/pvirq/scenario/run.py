@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pvirq.drivers.blockstore import SECTOR, MemoryStore
 from pvirq.drivers.xs import Xs
@@ -25,8 +26,11 @@ from pvirq.scenario.schema import Domain as DomainSpec
 from pvirq.scenario.schema import Scenario, ScenarioError
 from pvirq.scenario.toml_lines import Path
 from pvirq.scenario.traffic import Traffic
+from pvirq.xen.timer import NS_PER_S
 
 T = TypeVar("T")
+
+CONNECT_NS: Final = 10 * NS_PER_S  # what takes longer goes on beside the workload
 
 
 class Member:
@@ -44,6 +48,14 @@ class Member:
         self.domain = kernel.domain
         self.guest = guest
         self.xs = xs
+
+    def connected(self) -> bool:
+        """All devices of a guest are in use."""
+        guest = self.guest
+        return guest is None or (
+            all(guest.has_disk(disk) for disk in self.disks)
+            and all(guest.has_nic(devid) for devid in range(len(self.vifs)))
+        )
 
 
 class Outside(Completion[None]):
@@ -159,12 +171,13 @@ class Run:
     # Going on.
 
     def connect(self) -> None:
-        """Let the guests go until their devices are connected; the workload has not begun. A second time does nothing."""
+        """Let the guests go until their devices are connected; the workload has not begun. Once is enough."""
         for member in self.members.values():
             if member.guest is not None and member.domain.paused:
                 # One after the other, as xl creates them: that decides domain 0's IRQ numbers.
                 self.host.unpause(member.guest)
-                self.host.run(lambda: self.host.quiet)
+                with suppress(HostStuck):  # a device that can't connect: the kernels' logs say why
+                    self.host.run(member.connected, CONNECT_NS)
                 self._on_built()
 
     def start(self) -> None:
