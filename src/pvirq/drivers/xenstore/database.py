@@ -129,11 +129,6 @@ class Database:
 
     # The database: global records, and the private copies of transactions.
 
-    def _accessed(self, conn: Connection | None, path: str) -> Accessed | None:
-        if conn is None or conn.current is None:
-            return None
-        return conn.current.accessed.get(path)
-
     def record(self, node: Node, check: bool) -> None:
         """Store a global node and charge its owner (do_tdb_write); XenError(EIO) over the memory quota."""
         old = self.nodes.get(node.path)
@@ -187,7 +182,13 @@ class Database:
 
     def _adjust_perms(self, node: Node) -> Node:
         """Void the entries of domains that are gone or younger than the node (domain_adjust_node_perms)."""
-        if len(node.perms) == 1:
+        generation, domains = node.generation, self.domains
+        for i, perm in enumerate(node.perms):
+            if i:
+                account = domains.get(perm.domid)
+                if account is None or account.generation > generation:
+                    break
+        else:
             return node
         perms = list(node.perms)
         for i, perm in enumerate(perms[1:], 1):
@@ -199,24 +200,34 @@ class Database:
             return node
         return Node(node.path, node.value, node.children, tuple(perms), node.generation)
 
-    def read_node(self, conn: Connection | None, path: str) -> Node:
-        """A node, whoever asks; XenError(ENOENT), or ENOSPC from a transaction's quota."""
-        entry = self._accessed(conn, path)
+    def find_node(self, conn: Connection | None, path: str) -> Node | None:
+        """A node, whoever asks; None where there is none. XenError(ENOSPC) from a transaction's quota."""
+        if conn is None or conn.current is None:
+            node = self.nodes.get(path)
+            return node if node is None or len(node.perms) == 1 else self._adjust_perms(node)
+        entry = conn.current.accessed.get(path)
         node = entry.node if entry is not None else self.nodes.get(path)
-        if node is not None:
+        if node is not None and len(node.perms) != 1:
             node = self._adjust_perms(node)
         if entry is None:
             self._access(conn, path, node, read=True)
+        return node
+
+    def read_node(self, conn: Connection | None, path: str) -> Node:
+        """A node, whoever asks; XenError(ENOENT), or ENOSPC from a transaction's quota."""
+        node = self.find_node(conn, path)
         if node is None:
             raise XenError(Errno.ENOENT, path)
         return node
 
     def write_node(self, conn: Connection | None, node: Node, check: bool = True) -> Node:
-        """Store a node under a new generation; XenError(ENOSPC) for its size, EIO for memory (write_node)."""
+        """Store a new node under a new generation; XenError(ENOSPC) for its size, EIO for memory (write_node)."""
         self.generation += 1
-        node = self._adjust_perms(Node(node.path, node.value, node.children, node.perms, self.generation))
-        entry = self._access(conn, node.path, node, read=False)
+        node.generation = self.generation
+        if len(node.perms) != 1:
+            node = self._adjust_perms(node)
         trans = conn.current if conn is not None else None
+        entry = None if trans is None else self._access(conn, node.path, node, read=False)
         try:
             if check and conn is not None and conn.unprivileged and node.size >= self.quotas.node_size:
                 raise XenError(Errno.ENOSPC, f"{node.path} has {node.size} bytes")

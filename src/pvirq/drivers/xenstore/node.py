@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from pvirq.abi.errno import Errno, XenError
@@ -65,7 +66,7 @@ class Node:
     `children` are in order of creation; `generation` is the store's count at the last write.
     """
 
-    __slots__ = ("childlen", "children", "generation", "path", "perms", "value")
+    __slots__ = ("children", "generation", "path", "perms", "size", "value")
 
     def __init__(
         self, path: str, value: bytes, children: tuple[str, ...], perms: tuple[Perm, ...], generation: int
@@ -75,18 +76,17 @@ class Node:
         self.children = children
         self.perms = perms
         self.generation = generation
-        self.childlen = sum(map(len, children)) + len(children)
-
-    @property
-    def size(self) -> int:
-        """Bytes of its database record, which quotas count (struct xs_tdb_record_hdr and what follows)."""
-        return 24 + 8 * len(self.perms) + len(self.value) + self.childlen
+        # Bytes of its database record, which quotas count (struct xs_tdb_record_hdr and what follows).
+        self.size = 24 + 8 * len(perms) + len(value)
+        if children:
+            self.size += len("".join(children)) + len(children)
 
     def child_list(self) -> bytes:
         """The names of its children, each with a NUL behind it, as DIRECTORY returns them."""
         return b"".join(name.encode("ascii") + b"\0" for name in self.children)
 
 
+@lru_cache(maxsize=4096)
 def is_valid_nodename(path: str, path_max: int = XENSTORE_REL_PATH_MAX) -> bool:
     """An absolute path that a node may have; `/local/domain/<domid>/` is free in its length."""
     if VALID_PATH.fullmatch(path) is None:

@@ -95,6 +95,17 @@ class WireConnection(Connection):
         self.request = Outgoing(self.domid, req_id, tx_id)
         self.in_header = False
 
+    @property
+    def between(self) -> bool:
+        """Nothing of a request has come yet."""
+        return self.in_header and not self._header
+
+    def take_request(self, kind: int, req_id: int, tx_id: int, payload: bytes) -> None:
+        """A whole request at once."""
+        self._type = kind
+        self.request = Outgoing(self.domid, req_id, tx_id)
+        self._process(payload)
+
     def take_payload(self, data: bytes | memoryview) -> None:
         """Up to `missing` bytes of a payload, none too; when it is complete, the request is served."""
         if self.ignored:

@@ -64,11 +64,58 @@ class XenstoreRing:
 
     def turn(self) -> bool:
         """Take at most one request and send at most one message; True if there is more to do (main)."""
-        if self._can_read():
+        conn, words = self.connection, self._words
+        if words[REQ_CONS] != words[REQ_PROD] and conn.may_read and not (conn.between and self._whole_input()):
             self._input()
-        if self._can_write():
+        if conn.out and not self._whole_output() and self._can_write():
             self._output()
-        return self._can_read() or (self._can_write() and bool(self.connection.out))
+        return (words[REQ_CONS] != words[REQ_PROD] and conn.may_read) or (bool(conn.out) and self._can_write())
+
+    def _whole_input(self) -> bool:
+        """The same as `_input` for a request that has come whole and in one piece; False: it hasn't."""
+        words = self._words
+        cons = words[REQ_CONS]
+        filled = (words[REQ_PROD] - cons) & U32
+        start = cons % XENSTORE_RING_SIZE
+        after = start + XSD_SOCKMSG.size
+        if not XSD_SOCKMSG.size <= filled <= XENSTORE_RING_SIZE or after > XENSTORE_RING_SIZE:
+            return False
+        kind, req_id, tx_id, length = XSD_SOCKMSG.unpack_from(self._page, XENSTORE_REQ + start)
+        end = after + length
+        if end - start > filled or end > XENSTORE_RING_SIZE:
+            return False
+        payload = bytes(self._page[XENSTORE_REQ + after : XENSTORE_REQ + end])
+        words[REQ_CONS] = (cons + end - start) & U32
+        self._notify()
+        self._notify()
+        self.connection.take_request(kind, req_id, tx_id, payload)
+        return True
+
+    def _whole_output(self) -> bool:
+        """The same as `_output` for a message that fits whole and in one piece; False: it doesn't."""
+        conn, words = self.connection, self._words
+        message = conn.out[0]
+        cons, prod = words[RSP_CONS], words[RSP_PROD]
+        payload = message.payload
+        size = XSD_SOCKMSG.size + len(payload)
+        start = prod % XENSTORE_RING_SIZE
+        if (
+            message.used
+            or not message.in_header
+            or (prod - cons & U32) + size > XENSTORE_RING_SIZE
+            or start + size > XENSTORE_RING_SIZE
+            or conn.ignored
+        ):
+            return False
+        at = XENSTORE_RSP + start
+        header = XSD_SOCKMSG.pack(message.message_type, message.req_id, message.tx_id, len(payload))
+        self._page[at : at + size] = header + payload
+        words[RSP_PROD] = (prod + size) & U32
+        self._notify()
+        self._notify()
+        if message.queued:  # else dropped meanwhile: the guest's end ran at the notification
+            conn.free(message)
+        return True
 
     def reset(self) -> None:
         """Start over at XS_INTRODUCE: indexes are zero; a guest that waits for reconnection learns of it."""
@@ -81,9 +128,6 @@ class XenstoreRing:
 
     def _set_error(self, error: int) -> None:
         self._words[ERROR] = error
-
-    def _can_read(self) -> bool:
-        return self.connection.may_read and self._words[REQ_CONS] != self._words[REQ_PROD]
 
     def _can_write(self) -> bool:
         used = (self._words[RSP_PROD] - self._words[RSP_CONS]) & U32

@@ -65,30 +65,29 @@ class Store(Database):
 
     def get_node(self, conn: Connection, path: str, need: int) -> Node:
         """A node with `need` permitted; XenError(EINVAL), EACCES, ENOENT (only to whom may know), ENOSPC."""
+        node, errno = self._find_permitted(conn, path, need)
+        if node is None:
+            raise XenError(errno, path)
+        return node
+
+    def _find_permitted(self, conn: Connection, path: str, need: int) -> tuple[Node | None, Errno]:
+        """The same, with EACCES or ENOENT told instead of raised."""
         if not is_valid_nodename(path, self.quotas.path_max):
             raise XenError(Errno.EINVAL, f"no node name: {path!r}")
-        try:
-            node = self.read_node(conn, path)
-            if self.perm_for(conn, node.perms) & need == need:
-                return node
+        errno = Errno.ENOENT
+        node = self.find_node(conn, path)
+        if node is not None:
+            if not conn.unprivileged or self.perm_for(conn, node.perms) & need == need:
+                return node, errno
             errno = Errno.EACCES
-        except XenError as error:
-            if error.errno is Errno.ENOSPC:
-                raise
-            errno = error.errno
         # The nearest node above decides whether the asker may learn why.
-        above = path
-        while True:
+        above, node = path, None
+        while node is None:
             above = parent_of(above)
-            try:
-                node = self.read_node(conn, above)
-                break
-            except XenError as error:
-                if error.errno is Errno.ENOSPC:
-                    raise
+            node = self.find_node(conn, above)
         if not self.perm_for(conn, node.perms) & need:
             errno = Errno.EACCES
-        raise XenError(errno, path)
+        return None, errno
 
     # Operations of the protocol.
 
@@ -104,11 +103,10 @@ class Store(Database):
         """XS_WRITE: set a value, creating the node and those above it that are missing."""
         path = conn.canonicalize(path)
         parent: Node | None = None
-        try:
-            node = self.get_node(conn, path, XS_PERM_WRITE)
-        except XenError as error:
-            if error.errno is not Errno.ENOENT:
-                raise
+        node, errno = self._find_permitted(conn, path, XS_PERM_WRITE)
+        if node is None:
+            if errno is not Errno.ENOENT:
+                raise XenError(errno, path)
             node, parent = self._create(conn, path, value)
         else:
             node = self.write_node(conn, Node(path, value, node.children, node.perms, 0))
@@ -117,11 +115,10 @@ class Store(Database):
     def mkdir(self, conn: Connection, path: str) -> None:
         """XS_MKDIR: like write of nothing, but an existing node stays as it is."""
         path = conn.canonicalize(path)
-        try:
-            self.get_node(conn, path, XS_PERM_WRITE)
-        except XenError as error:
-            if error.errno is not Errno.ENOENT:
-                raise
+        found, errno = self._find_permitted(conn, path, XS_PERM_WRITE)
+        if found is None:
+            if errno is not Errno.ENOENT:
+                raise XenError(errno, path)
             node, parent = self._create(conn, path, b"")
             self.fire_watches(conn, path, node, parent=parent)
 
@@ -130,13 +127,10 @@ class Store(Database):
         missing = [path]
         while True:
             above = parent_of(missing[-1])
-            try:
-                existing = self.read_node(conn, above)
+            existing = self.find_node(conn, above)
+            if existing is not None:
                 break
-            except XenError as error:
-                if error.errno is not Errno.ENOENT:
-                    raise
-                missing.append(above)
+            missing.append(above)
         perms, account = existing.perms, conn.account
         if conn.unprivileged:  # it owns what it creates
             perms = (Perm(conn.domid, perms[0].access), *perms[1:])
@@ -409,11 +403,15 @@ class Store(Database):
             elif not exact:
                 entry.exact = False
             return
-        hits = list(self._watches.get(path, ()))
+        watches = self._watches
+        hits = list(watches.get(path, ()))
         above = path
         while not exact and above != "/":
-            above = parent_of(above)
-            hits += self._watches.get(above, ())
+            above = above[: above.rfind("/")] or "/"  # parent_of
+            if above in watches:
+                hits += watches[above]
+        if not hits:
+            return
         # Connection after connection, and within each in the order of registration.
         hits.sort(key=lambda watch: (watch.conn.serial, watch.serial))
         cause = conn.request if conn is not None and conn.unprivileged else None
