@@ -49,6 +49,8 @@ class Status2632(StatusBits):
 
 INPROGRESS: Final = Status2632.INPROGRESS
 DISABLED: Final = Status2632.DISABLED
+NOT_IN_PROGRESS: Final = ~INPROGRESS
+SEEN: Final = ~(Status2632.REPLAY | Status2632.WAITING)
 
 
 class IrqLayer2632(IrqLayer26):
@@ -98,20 +100,20 @@ class IrqLayer2632(IrqLayer26):
         if status & INPROGRESS:
             return
         desc.kstat[cpu] += 1
-        status &= ~(Status2632.REPLAY | Status2632.WAITING)
+        status &= SEEN
         actions = desc.actions
         if not actions or status & DISABLED:
             desc.status = status
             return
         desc.status = status | INPROGRESS
-        result = IRQ_NONE
+        irq, result = desc.irq, IRQ_NONE
         for action in actions:
-            if action.handler(desc.irq, action.dev_id):
+            if action.handler(irq, action.dev_id):
                 result = IRQ_HANDLED
         count = desc.irq_count = desc.irq_count + 1
         if result is IRQ_NONE or count >= IRQ_STORM:
             self._note_interrupt(desc, result)
-        status = desc.status = desc.status & ~INPROGRESS
+        status = desc.status = desc.status & NOT_IN_PROGRESS
         if not status & DISABLED:
             chip.unmask(desc)  # type: ignore[misc]
 

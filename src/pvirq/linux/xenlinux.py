@@ -385,10 +385,12 @@ class XenLinux(Personality):
     # Sending and receiving.
 
     def notify_remote_via_irq(self, irq: int) -> None:
-        port = self.evtchn_from_irq(irq)
+        port = self.irq_info[irq] & self.evtchn_mask if 0 <= irq < self.nr_irqs else 0
         if port:
-            with contextlib.suppress(XenError):
+            try:  # noqa: SIM105 - `suppress` costs as much as a third of the send
                 evtchn.send(self.domain, port)
+            except XenError:
+                pass
 
     def upcall(self, cpu: int) -> None:
         self._upcalls[cpu]()

@@ -446,12 +446,6 @@ class XenLinuxSuse(XenLinuxPirq):
         self.irq.desc(irq).kstat[cpu] += 1
         return True
 
-    def notify_remote_via_irq(self, irq: int) -> None:
-        """IrqError(EINVAL) for a per-CPU IRQ, whose other end is this kernel itself."""
-        if irq in self.percpu_evtchn:
-            raise IrqError(Errno.EINVAL, f"IRQ {irq} is per CPU")
-        super().notify_remote_via_irq(irq)
-
     def _ignore_interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         return IRQ_HANDLED
 
