@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pvirq import Host
 from pvirq.abi.physdev import MAP_PIRQ_TYPE_GSI, MAP_PIRQ_TYPE_MSI
 from pvirq.abi.xen import DOMID_SELF
 from pvirq.xen import physdev
@@ -70,3 +71,12 @@ def test_in_flight() -> None:
     assert line
     assert line[0].endswith("in-flight=1 d0:  9(PMM)")
     assert "irr=1" in debug_i(hypervisor).split("IRQ  9 Vec")[1].splitlines()[1]
+
+
+def test_debug_key_of_a_host() -> None:
+    with Host(dom0_vcpus=1) as host:
+        text = host.debug_key("i")
+    assert text.startswith(
+        "(XEN) IRQ information:\n(XEN)    IRQ:   0 vec:f0 IO-APIC-edge    status=000 aff:{0}/{0} arch"
+    )
+    assert text.count("\n") > 40

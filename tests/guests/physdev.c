@@ -203,9 +203,25 @@ static void gmfn(long version)
     close(a); close(b); close(c); bits("closed"); unmap(DOMID_SELF, 11); bits("unmapped");
 }
 
+/* How many bytes each operation reads: the least that end at an unmapped page and don't fault. All of them are 0. */
+static void sizes(void)
+{
+    static const u8 ops[] = { 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 19, 20, 16, 21, 23, 24, 25, 26, 27, 28, 29, 30, 31 };
+    say("-- sizes\n");
+    memset(pages[8], 0, PAGE);
+    remap(pages[9], 0);
+    for (u32 i = 0; i < sizeof ops; i++) {
+        long r = -14;
+        u32 size = 0;
+        while (r == -14 && size < 64) r = PHYS(ops[i], pages[9] - ++size);
+        say("%u: %u bytes, %e\n", ops[i], size, r);
+        memset(pages[8], 0, PAGE); }
+}
+
 void test(void)
 {
     numbers(); registers(); vectors(); lines(); free_numbers(); messages(); writes(); gsis(); gmfn(num("eoi", 2));
+    sizes();
     { u32 r = DOMID_SELF; rc("reset", EV(10, &r)); }
     bind(9, 0); query(9); for (u32 i = 0; i < 24; i++) pin(i);
 }

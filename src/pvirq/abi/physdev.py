@@ -61,4 +61,4 @@ PHYSDEV_GET_FREE_PIRQ: Final = struct.Struct("<iI")  # type, pirq (out)
 PHYSDEV_PCI_MMCFG_RESERVED: Final = struct.Struct("<QHBBI")  # address, segment, start_bus, end_bus, flags
 PHYSDEV_PCI_DEVICE_ADD: Final = struct.Struct("<HBBIBB2x")  # seg, bus, devfn, flags, physfn bus, devfn; optarr follows
 PHYSDEV_PCI_DEVICE: Final = struct.Struct("<HBB")  # seg, bus, devfn
-PHYSDEV_DBGP_OP: Final = struct.Struct("<BB2xHBB")  # op, bus, pci
+PHYSDEV_DBGP_OP: Final = struct.Struct("<BBHBB")  # op, bus, pci

@@ -287,7 +287,6 @@ class Irqs:
                     handler.end(desc, apic)
                 return
             action: GuestAction = desc.action  # type: ignore[assignment]
-            desc.count += 1
             action.do_irq(apic, vector)
             return
         desc.status |= IRQ_PENDING

@@ -64,6 +64,7 @@ class GuestAction:
             # It slipped through while the last guest's EOI was still due.
             desc.handler.end(desc, apic)
             return
+        desc.count += 1
         if self.ack_type == ACKTYPE_NONE:
             for domain, pirq in self.guests:
                 send_guest_pirq(domain, pirq)

@@ -131,9 +131,14 @@ def setup_gsi(domain: Domain, gsi: int, triggering: int, polarity: int) -> None:
 # -- PCI devices -------------------------------------------------------------------------------------------------------
 
 
-def pci_device_add(domain: Domain, sbdf: int) -> PciDevice:
-    """PHYSDEVOP_pci_device_add, manage_pci_add and _ext: domain 0 has found a device. EPERM."""
+def pci_device_add(domain: Domain, sbdf: int, physfn: int | None = None) -> PciDevice:
+    """PHYSDEVOP_pci_device_add, manage_pci_add and _ext: domain 0 has found a device. EPERM.
+
+    For a virtual function `physfn` is the device that it belongs to, which is added too where it is unknown.
+    """
     _check_privileged(domain)
+    if physfn is not None and physfn not in domain.hypervisor.pci:
+        msi.pci_add_device(domain.hypervisor, physfn)
     return msi.pci_add_device(domain.hypervisor, sbdf)
 
 

@@ -118,21 +118,24 @@ def _manage_pci_remove(cpu: PvVcpu, argument: int) -> None:
 
 
 def _manage_pci_add_ext(cpu: PvVcpu, argument: int) -> None:
-    bus, devfn, is_extfn, is_virtfn, _, _ = abi.PHYSDEV_MANAGE_PCI_EXT.unpack(
+    bus, devfn, is_extfn, is_virtfn, physfn_bus, physfn_devfn = abi.PHYSDEV_MANAGE_PCI_EXT.unpack(
         cpu.read(argument, abi.PHYSDEV_MANAGE_PCI_EXT.size)
     )
     if is_extfn > 1 or is_virtfn > 1:
         raise XenError(Errno.EINVAL, f"extended {is_extfn}, virtual {is_virtfn}")
-    physdev.pci_device_add(cpu.domain, sbdf_of(0, bus, devfn))
+    physdev.pci_device_add(
+        cpu.domain, sbdf_of(0, bus, devfn), sbdf_of(0, physfn_bus, physfn_devfn) if is_virtfn else None
+    )
 
 
 def _pci_device_add(cpu: PvVcpu, argument: int) -> None:
-    segment, bus, devfn, flags, _, _ = abi.PHYSDEV_PCI_DEVICE_ADD.unpack(
+    segment, bus, devfn, flags, physfn_bus, physfn_devfn = abi.PHYSDEV_PCI_DEVICE_ADD.unpack(
         cpu.read(argument, abi.PHYSDEV_PCI_DEVICE_ADD.size)
     )
     if flags & abi.XEN_PCI_DEV_PXM:
         cpu.read(argument + abi.PHYSDEV_PCI_DEVICE_ADD.size, 4)  # the node, which makes no difference here
-    physdev.pci_device_add(cpu.domain, sbdf_of(segment, bus, devfn))
+    physfn = sbdf_of(segment, physfn_bus, physfn_devfn) if flags & abi.XEN_PCI_DEV_VIRTFN else None
+    physdev.pci_device_add(cpu.domain, sbdf_of(segment, bus, devfn), physfn)
 
 
 def _pci_device(operation: Callable[..., None], *arguments: object) -> Callable[[PvVcpu, int], None]:
