@@ -172,6 +172,18 @@ def test_throttling(kernel: str) -> None:
     rig.close()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_watchdog(kernel: str) -> None:
+    """Where it is asked for, an interrupt every so often while the link is up."""
+    rig = NicRig(kernel, watchdog_ns=2 * NS_PER_S)
+    rig.sleep(20 * NS_PER_S)
+    assert rig.interrupts == 10
+    rig.nic.card.set_link(False)
+    rig.sleep(20 * NS_PER_S)
+    assert rig.interrupts == 11
+    rig.close()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.booleans(),

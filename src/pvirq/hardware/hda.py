@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, HardwareError, Interrupt, Message
+from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, Interrupt, Message
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
+from pvirq.linux.pvops import Pvops
 from pvirq.xen.msi import PciDevice
 
 STREAM: Final = 0x01  # of the interrupt status register: the one stream's
@@ -101,17 +102,19 @@ class HdaDriver(Driver):
 
 @dataclass(frozen=True)
 class HdaDeclaration(Declaration):
-    """A sound card on a shared level line, or (gsi = -1) by MSI; `row` is what /proc/interrupts calls it."""
+    """A sound card on a shared level line, or (gsi = -1) by MSI.
+
+    Its row is `row`, else as the kernel has it: HDA Intel, in Linux 6.1 snd_hda_intel:card0.
+    """
 
     gsi: int = 16
     slot: str = ""
-    row: str = "HDA Intel"
+    row: str = ""
     driver: ClassVar[type[Driver]] = HdaDriver
 
     def make(self, board: Board) -> HdaDriver:
-        if not self.row:
-            raise HardwareError("row: expected a name for /proc/interrupts")
         pci = board.pci(self.name, self.slot)
         gsi = None if self.gsi < 0 else self.gsi
         interrupt = Message(pci) if gsi is None else board.pin(gsi)
-        return HdaDriver(board, self.name, HdaController(board, interrupt), pci, gsi, self.row)
+        row = "snd_hda_intel:card0" if isinstance(board.kernel.events, Pvops) else "HDA Intel"
+        return HdaDriver(board, self.name, HdaController(board, interrupt), pci, gsi, self.row or row)

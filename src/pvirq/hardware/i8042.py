@@ -256,9 +256,18 @@ class I8042Driver(Driver):
             kbd.on_byte = self._key_byte
         if (yield from self._atkbd(aux)):
             aux.on_byte = self._key_byte
-        elif self._psmouse and (yield from self._ps2mouse(aux)):
-            aux.on_byte = self._mouse_byte
+        elif self._psmouse:
+            yield from self._probe_psmouse()
         self.ready.complete(None)
+
+    def load_psmouse(self) -> None:
+        """The module is loaded: it probes the mouse's port."""
+        self._probing = Kthread(self.kernel, "kseriod", self._probe_psmouse())
+
+    def _probe_psmouse(self) -> Body[None]:
+        port = self._ports[AUX]
+        if (yield from self._ps2mouse(port)):
+            port.on_byte = self._mouse_byte
 
     @staticmethod
     def _atkbd(port: _Port) -> Body[bool]:

@@ -189,7 +189,15 @@ class NicDriver(Driver):
             "pull": "somebody pulls the cable", "plug": "somebody plugs it in"}  # fmt: skip
 
     def __init__(
-        self, board: Board, name: str, card: E1000, pci: PciDevice, gsi: int | None, row: str, bridge: str
+        self,
+        board: Board,
+        name: str,
+        card: E1000,
+        pci: PciDevice,
+        gsi: int | None,
+        row: str,
+        bridge: str,
+        watchdog_ns: int,
     ) -> None:
         super().__init__(board, name)
         self.bridge = bridge
@@ -198,6 +206,8 @@ class NicDriver(Driver):
         self.pci = pci
         self._gsi = gsi
         self._row = row
+        self._watchdog = Deferred(board, self._watch)
+        self._watchdog_ns = watchdog_ns
         self._in_ring = 0
         self._polling = False
         self.link = False
@@ -218,7 +228,14 @@ class NicDriver(Driver):
         self.card.write_ims(CAUSES)
         self.card.set_link(True)
 
+    def _watch(self) -> None:
+        """e1000_watchdog: make sure that the receive ring is looked at."""
+        if self.bound and self.link:
+            self.card.write_ics(RXDMT0)
+            self._watchdog.after(self._watchdog_ns)
+
     def remove(self) -> None:
+        self._watchdog.cancel()
         self.card.write_imc(0xFFFFFFFF)
         self.card.rx_free = 0
         self.card.rx.clear()
@@ -258,6 +275,8 @@ class NicDriver(Driver):
             return IRQ_NONE
         if causes & LSC:
             self.link = self.card.read_link()
+            if self.link and self._watchdog_ns:
+                self._watchdog.after(self._watchdog_ns)
         self.card.write_imc(0xFFFFFFFF)
         if not self._polling:
             self._polling = True
@@ -302,14 +321,15 @@ class NicDeclaration(Declaration):
     latency_ns: int = 50 * US
     bits_per_s: int = 1_000_000_000
     itr_ns: int = 50 * US  # 20,000 interrupts a second at most
+    watchdog_ns: int = 0  # e1000's has 2 s: an interrupt so often while the link is up
     bridge: str = "xenbr0"
     driver: ClassVar[type[Driver]] = NicDriver
 
     def make(self, board: Board) -> NicDriver:
-        if self.latency_ns < 0 or self.itr_ns < 0 or self.bits_per_s <= 0:
-            raise HardwareError("latency_ns and itr_ns: expected 0 or more; bits_per_s: expected more than 0")
+        if min(self.latency_ns, self.itr_ns, self.watchdog_ns) < 0 or self.bits_per_s <= 0:
+            raise HardwareError("latency_ns, itr_ns, watchdog_ns: expected 0 or more; bits_per_s: expected more than 0")
         pci = board.pci(self.name, self.slot)
         gsi = None if self.gsi < 0 else self.gsi
         interrupt = Message(pci) if gsi is None else board.pin(gsi)
         card = E1000(board, interrupt, Wire(board, self.latency_ns, self.bits_per_s), self.itr_ns)
-        return NicDriver(board, self.name, card, pci, gsi, self.row or self.name, self.bridge)
+        return NicDriver(board, self.name, card, pci, gsi, self.row or self.name, self.bridge, self.watchdog_ns)
