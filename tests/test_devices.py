@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from driverlib import Guest, Host, disk_of, nic_of
+from driverlib import Guest, Host, disk_of, nic_of, row
 from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers.blockstore import MemoryStore
 from pvirq.drivers.netfront import NetFront
+from pvirq.drivers.skb import Skb
+from pvirq.linux.personalities import find
 from pvirq.toolstack.devices import DeviceRef, Disk, Nic, vdev_number
 
 RECORDED = Path(__file__).parent / "data" / "linux-2vcpu" / "2-drivers.xenstore"
@@ -220,6 +223,53 @@ def test_frontends_restart(host: Host) -> None:
         host.run()
     assert host.do(guest.kernel, disk_of(guest).read(0, 8)) == bytes(4096)
     assert nic_of(guest).ready.done
+
+
+def test_every_kernel_with_every_other() -> None:
+    """Fronts and backs of all kernels: data arrives, and a round trip is one interrupt on each side."""
+    for back, front in itertools.product(("pvops", "2.6.18", "suse"), repeat=2):
+        host = Host(dom0=find(back))
+        store = MemoryStore(4096)
+        host.devices.add("/dev/loop0", store)
+        host.start_backends()
+        guests = [host.guest(2, find(front)), host.guest(1, find(front))]
+        for i, guest in enumerate(guests, 1):
+            host.manager.attach_disk(i, DISK)
+            host.manager.attach_nic(i, Nic(0, f"00:16:3e:00:00:0{i}"))
+            host.run()
+            host.start_frontends(guest)
+        first, second = guests
+        disk = disk_of(first)
+        got: list[Skb] = []
+        host.do(first.kernel, disk.write(3, b"z" * 512 * 50))
+        assert store.data[3 * 512 : 53 * 512] == b"z" * 512 * 50
+        counts = row(first.kernel, "blkif"), row(host.dom0, "blkif-backend")
+        for i in range(20):
+            assert host.do(first.kernel, disk.read(3 + i, 8)) == b"z" * 4096
+        assert (row(first.kernel, "blkif"), row(host.dom0, "blkif-backend")) == (counts[0] + 20, counts[1] + 20)
+        nic_of(second).on_receive = got.append
+        frame = bytes.fromhex("00163e00000200163e000001") + b"\x88\xb5" + bytes(range(100))
+        nic_of(first).transmit(frame)
+        first.xencons.write(b"hello\n")
+        host.run()
+        assert ([skb.data for skb in got], first.console.text()) == ([frame], "hello\n")
+        host.close()
+
+
+def test_rows_of_the_older_kernels() -> None:
+    """XenLinux names its rows blkif and eth0 in a guest, blkif-backend and vif1.0 in domain 0."""
+    host = Host(dom0=find("suse"))
+    host.devices.add("/dev/loop0", MemoryStore(64))
+    host.start_backends()
+    guest = host.guest(1, find("2.6.18"))
+    host.manager.attach_disk(1, DISK)
+    host.manager.attach_nic(1, NIC)
+    host.run()
+    host.start_frontends(guest)
+    for kernel, rows in ((guest.kernel, ["blkif", "eth0"]), (host.dom0, ["blkif-backend", "vif1.0"])):
+        names = re.findall(r"^ *\d+: .*?(\S+)$", kernel.proc_interrupts(), re.MULTILINE)
+        assert names[-2:] == rows
+    host.close()
 
 
 def test_many_guests_come_and_go(host: Host) -> None:
