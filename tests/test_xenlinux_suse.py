@@ -9,6 +9,7 @@ import pytest
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_TIMER, VIRQ_XENOPROF
+from pvirq.linux import proc_irq
 from pvirq.linux.irq import IRQ_HANDLED, IRQF_SHARED, IrqAction, IrqError, IrqReturn
 from pvirq.linux.irq2632 import Status2632
 from pvirq.linux.personality import Ipi, StartInfo
@@ -292,6 +293,23 @@ def test_no_irq_left(guest: Setup) -> None:
     assert guest.domain.evtchn.active == used
     assert list(guest.kernel.log).count("No available IRQ to bind to: increase NR_DYNIRQS.") == 1
     assert guest.events.virq_actions.get(VIRQ_DEBUG) == []
+
+
+def test_proc_irq(guest: Setup) -> None:
+    port = guest.device()
+    irq = guest.events.irq_from_evtchn(port)
+    assert proc_irq.listdir(guest.kernel, f"/proc/irq/{irq}") == ["device", "smp_affinity", "spurious"]
+    assert "8" not in proc_irq.listdir(guest.kernel, "/proc/irq")  # the RTC's, without a chip
+    proc_irq.write(guest.kernel, f"/proc/irq/{irq}/smp_affinity", "4\n")
+    guest.send(port)
+    guest.run()
+    assert proc_irq.read(guest.kernel, f"/proc/irq/{irq}/smp_affinity") == "4\n"
+    assert proc_irq.read(guest.kernel, f"/proc/irq/{irq}/spurious").startswith("count 1\nunhandled 0\n")
+    fails(Errno.EINVAL, proc_irq.write, guest.kernel, "/proc/irq/default_smp_affinity", "0")
+    proc_irq.write(guest.kernel, "/proc/irq/default_smp_affinity", "6")
+    other = guest.events.irq_from_evtchn(guest.device())
+    assert proc_irq.read(guest.kernel, f"/proc/irq/{other}/smp_affinity") == "2\n"
+    assert guest.domain.evtchn.port(guest.events.evtchn_from_irq(other)).notify_vcpu == 1
 
 
 # EOIs.

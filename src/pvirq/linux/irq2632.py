@@ -214,6 +214,12 @@ class IrqLayer2632(IrqLayer26):
         desc.status |= Status2632.MOVE_PENDING
         desc.move_irq, desc.pending_mask, desc.affinity_set = True, mask, True
 
+    def set_default_affinity(self, mask: int) -> None:
+        """A write to /proc/irq/default_smp_affinity. IrqError(EINVAL) where no CPU of the mask is online."""
+        if not mask & self.online:
+            raise IrqError(Errno.EINVAL, "no CPU of the mask is online")
+        self.default_affinity = mask
+
     def move_native_irq(self, desc: IrqDesc26) -> None:
         if desc.status & DISABLED:
             return

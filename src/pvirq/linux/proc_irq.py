@@ -147,7 +147,8 @@ def _line(kernel: Kernel[Any], root: str, parts: list[str], path: str) -> IrqLin
 
 def _has_chip(line: IrqLine) -> bool:
     """Lines that nothing is behind have no directory."""
-    return getattr(line, "chip", None) is not None
+    chip = getattr(line, "chip", None)
+    return chip is not None and chip.name != "none"  # no_irq_chip
 
 
 def _handlers(line: IrqLine) -> set[str]:

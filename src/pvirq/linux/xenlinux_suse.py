@@ -28,6 +28,7 @@ from pvirq.linux.irq2632 import IrqLayer2632, Status2632
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi, StartInfo
 from pvirq.linux.proc26 import Style, interrupts_suse
+from pvirq.linux.proc_irq import ProcIrq
 from pvirq.linux.xenlinux import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
 from pvirq.linux.xenlinux_pirq import XenLinuxPirq
 from pvirq.xen import evtchn, physdev
@@ -73,6 +74,7 @@ class XenLinuxSuse(XenLinuxPirq):
     """The personality of a SUSE kernel for Xen. `percpu_evtchn`: the ports, by CPU, of IRQs that have one for each."""
 
     irq: IrqLayer2632
+    proc_irq: ClassVar[ProcIrq] = ProcIrq(("smp_affinity", "spurious"))
     type_shift: ClassVar[int] = 28
     index_shift: ClassVar[int] = 12
 
