@@ -139,9 +139,8 @@ class Xs:
             watch = self._watches.get(token)
             if watch is not None:
                 self._events.append((watch, path))
-                if self._xenwatch_idle and self._xenwatch is not None:
+                if self._xenwatch_idle:
                     self._xenwatch_idle = False
-                    self._xenwatch.cpu = self.kernel.cpu  # the scheduler pulls it to the CPU that wakes it
                     self._wake_xenwatch.wake_up()
             return
         waiting = self._waiting.pop(req_id, None)
