@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.physdev import MAP_PIRQ_TYPE_GSI
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_TIMER
 from pvirq.linux.irq import IRQ_HANDLED, IRQF_SHARED, IrqError, IrqReturn
 from pvirq.linux.irq2618 import Status2618
+from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import Ipi, StartInfo
 from pvirq.linux.xenlinux import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_PIRQ, IRQT_VIRQ, XenLinux
 from pvirq.linux.xenlinux_2_6_18 import DYNIRQ_BASE, NR_IRQS, XenLinux2618
 from pvirq.linux.xenlinux_suse import XenLinuxSuse
-from pvirq.xen import evtchn
+from pvirq.xen import evtchn, physdev, pirq
 from pvirq.xen.msi import PciDevice
 from xenlinuxlib import Setup, unbound
 
@@ -512,6 +514,75 @@ def test_a_pirq_that_is_taken_already(hardware: Setup) -> None:
     hardware.irqs.request_irq(18, handled, IRQF_SHARED, "late", "dev")
     assert hardware.kernel.log[-1] == "Failed to obtain physical IRQ 18"
     assert hardware.events.evtchn_from_irq(18) == 0
+
+
+@pytest.mark.parametrize("personality", KERNELS, ids=["2.6.18", "suse"])
+def test_a_line_that_is_passed_through_to_a_guest(personality: type[XenLinux]) -> None:
+    it = Setup(personality)
+    physdev.setup_gsi(it.peer, 18, 1, 1)
+    physdev.map_pirq(it.peer, 0, MAP_PIRQ_TYPE_GSI, 18, 18)
+    assert it.events.register_gsi(18, level=True, active_low=True) == 18
+    it.irqs.request_irq(18, handled, IRQF_SHARED, "usb", "too early")
+    assert it.kernel.log[-1] == "Failed to obtain physical IRQ 18"
+    it.irqs.free_irq(18, "too early")
+    physdev.map_pirq(it.peer, 1, MAP_PIRQ_TYPE_GSI, 18, 18)
+    pirq.irq_permission(it.peer, it.domain, 18, True)
+    line = it.hypervisor.ioapic.line(18)
+
+    def handler(irq: int, dev_id: object) -> IrqReturn:
+        line.deassert("device")
+        return IRQ_HANDLED
+
+    it.irqs.request_irq(18, handler, IRQF_SHARED, "usb", "dev")
+    for _ in range(4):
+        line.assert_("device")
+        it.run()
+    assert it.counts(18) == [4]
+    it.irqs.free_irq(18, "dev")
+    physdev.unmap_pirq(it.peer, 1, 18)
+    evtchn.bind_pirq(it.peer, 18, 0)  # domain 0 has it back
+    it.close()
+
+
+def sleepy(it: Setup, until: Callable[[], bool]) -> None:
+    """Run with time passing."""
+    clock = it.kernel.clock
+    it.run()
+    while not until():
+        deadline = clock.next_deadline()
+        assert deadline is not None
+        clock.jump_to(deadline)
+        clock.fire_due()
+        it.run()
+
+
+def test_a_driver_finds_its_line_by_trying(hardware: Setup) -> None:
+    """probe_irq_on opens all unused lines, unshared; the one that then interrupts is the device's."""
+    kernel, irqs, line = hardware.kernel, hardware.irqs, hardware.hypervisor.ioapic.line(7)
+    noisy = hardware.hypervisor.ioapic.line(10)
+    hardware.events.register_gsi(12, level=False, active_low=False)
+    irqs.request_irq(12, handled, 0, "i8042")
+
+    def probe() -> Body[tuple[int, int]]:
+        mask = yield from irqs.probe_irq_on(lambda ms: sleep(kernel, ms * 1_000_000))
+        action = hardware.hypervisor.irqs.desc(7).guest_action
+        assert action is not None
+        assert not action.shareable
+        line.pulse()
+        yield from sleep(kernel, 1_000_000)
+        return mask, irqs.probe_irq_off()
+
+    noisy.assert_("somebody")
+    thread = Kthread(kernel, "probe", probe())
+    sleepy(hardware, lambda: thread.done)
+    mask, found = thread.result()
+    assert found == 7
+    assert mask >> 7 & 1
+    assert not mask >> 10 & 1  # it interrupts all the time
+    assert not mask >> 12 & 1
+    assert kernel.now() == 121_000_000
+    assert not any(hardware.events.evtchn_from_irq(irq) for irq in range(16) if irq != 12)
+    assert hardware.events.evtchn_from_irq(12)
 
 
 # Resume.

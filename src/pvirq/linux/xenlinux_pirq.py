@@ -216,9 +216,11 @@ class XenLinuxPirq(XenLinux):
     # For drivers of hardware.
 
     def register_gsi(self, gsi: int, *, level: bool, active_low: bool) -> int:
+        """In a guest the line is one that was passed through to it, and set up by domain 0 (pcifront_enable_irq)."""
         if not 0 <= gsi < self.nr_pirqs:
             raise IrqError(Errno.EINVAL, f"no GSI {gsi}")
-        self._route(gsi, level, active_low)
+        if self.initial:
+            self._route(gsi, level, active_low)
         self.evtchn_register_pirq(gsi)
         return gsi
 
