@@ -20,25 +20,19 @@ KERNELS = ("2.6.18", "suse", "pvops", "pvops-2l")
 
 @contextmanager
 def running(text: str, *overrides: str) -> Iterator[Run]:
-    run = Run(loads(text, "t.toml", overrides))
-    try:
+    with Run(loads(text, "t.toml", overrides)) as run:
         run.start()
         yield run
-    finally:
-        run.close()
 
 
 def run_shipped(name: str, *overrides: str) -> dict[str, str]:
     """All tables of a shipped scenario after its end, by domain."""
-    run = Run(load(name, overrides))
-    try:
+    with Run(load(name, overrides)) as run:
         run.start()
         assert run.run()
         assert run.times_done == run.times > 1000
         assert (run.contents.wrong, run.traffic.wrong, run.traffic.lost) == (0, 0, 0)
         return {name: run.view("interrupts", member) for name, member in run.members.items()}
-    finally:
-        run.close()
 
 
 def without_counts(table: str) -> str:

@@ -58,7 +58,9 @@ class MemorySize(click.ParamType):  # type: ignore[type-arg]  # generic since cl
 @click.option("--dom0", is_flag=True, help="KERNEL is domain 0 itself, privileged; no modelled one beside it.")
 @click.option("--dom0-interrupts", is_flag=True, help="At the end print domain 0's /proc/interrupts as well.")
 @click.option("--lsevtchn", type=int, multiple=True, metavar="DOMID", help="At the end print lsevtchn of a domain.")
-@click.option("--debug-key", type=click.Choice(["e", "i"]), multiple=True, help="At the end print Xen's dump for that key.")
+@click.option(
+    "--debug-key", type=click.Choice(["e", "i"]), multiple=True, help="At the end print Xen's dump for that key."
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
     help="Give up after so many seconds of the guest's clock, which jumps over the time in which the guest sleeps. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from pvirq.cli.messages import Messages
+    from pvirq.cli.terminal import Interrupts
     from pvirq.scenario.run import Member, Run
     from pvirq.scenario.schema import Scenario
 
@@ -40,12 +42,16 @@ Exit status:
     "--set", "settings", multiple=True, metavar="NAME=VALUE",
     help="Change a setting of the scenario: dom0.vcpus=8, NAME.vcpus=2 of a domain, duration=10s.",
 )  # fmt: skip
-@click.option("--watch", is_flag=True, help="Show the tables live, in as much real time as virtual; Ctrl-C leaves.")
+@click.option("--watch", is_flag=True, help="Show the tables live, in this terminal; Ctrl-C leaves.")
+@click.option(
+    "--speed", type=click.FloatRange(min=0, min_open=True), metavar="N", default=1.0,
+    help="With --watch: virtual seconds in a real one, at most. Default: 1.",
+)  # fmt: skip
 @click.option("--list", "listing", is_flag=True, help="List what there is for scenarios, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="On stderr nothing but errors.")
 def model(
     scenario: str | None, interrupts: tuple[str, ...], lsevtchn: tuple[str, ...], maps: tuple[str, ...], before: bool,
-    seed: int | None, settings: tuple[str, ...], watch: bool, listing: bool, quiet: bool,
+    seed: int | None, settings: tuple[str, ...], watch: bool, speed: float, listing: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Run a scenario of modelled domains: kernels whose interrupt layer is Python, on real event channels.
 
@@ -65,10 +71,12 @@ def model(
         return 0
     if scenario is None:
         raise click.UsageError("expected a SCENARIO: a TOML file or a name; --list tells them")
+    if watch and not sys.stdout.isatty():
+        raise click.UsageError("--watch needs a terminal on stdout")
     overrides = [*settings, *([] if seed is None else [f"seed={seed}"])]
     loaded = load(scenario, overrides)
     return _Session(loaded, [("interrupts", interrupts), ("lsevtchn", lsevtchn), ("map", maps)], Messages(quiet)).run(
-        before=before, watch=watch
+        before=before, speed=speed if watch else 0
     )
 
 
@@ -81,33 +89,48 @@ class _Session:
         self._messages = messages
         self._views: list[tuple[str, Member]] = []
 
-    def run(self, *, before: bool, watch: bool) -> int:
+    def run(self, *, before: bool, speed: float) -> int:
+        """Run it and print; with a `speed` live, at so many virtual seconds in a real one."""
+        from pvirq.cli.terminal import Interrupted, Interrupts
+
+        with Interrupts() as interrupts:
+            try:
+                self._run(interrupts, before, speed)
+            except Interrupted as interrupted:
+                return interrupted.status
+            finally:
+                self._messages.end()
+        return 0
+
+    def _run(self, interrupts: Interrupts, before: bool, speed: float) -> None:
+        from pvirq.cli.terminal import Interrupted
         from pvirq.scenario.run import Run
 
-        messages = self._messages
-        messages.begin(f"building {self._scenario.file}")
-        run = Run(self._scenario, on_built=messages.tick)
-        try:
+        messages, name = self._messages, self._scenario.file
+
+        def on_turn() -> None:
+            messages.tick()
+            interrupts.check()
+
+        messages.begin(f"building {name}")
+        with Run(self._scenario, on_built=on_turn) as run:
+            run.host.on_turn = on_turn
             self._views = self._find_views(run)
             run.connect()
             messages.end()
             if before:
                 sys.stdout.write(self.text(run, "before") + "\n")
             run.start()
-            if watch:
+            if speed:
                 from pvirq.cli.model_watch import Watch
 
-                Watch(run, lambda: self.text(run, "")).show()
+                with contextlib.suppress(Interrupted):  # then the tables as they are
+                    Watch(run, lambda: self.text(run, ""), speed).show(interrupts)
             else:
-                messages.begin(f"running {self._scenario.file}")
-                run.host.on_turn = messages.tick
+                messages.begin(f"running {name}")
                 run.run()
                 messages.end()
             sys.stdout.write(self.text(run, "after" if before else ""))
-        finally:
-            messages.end()
-            run.close()
-        return 0
 
     def _find_views(self, run: Run) -> list[tuple[str, Member]]:
         views = []

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from pvirq.cli.terminal import Interrupts
 from pvirq.xen.timer import NS_PER_S
 
 if TYPE_CHECKING:
@@ -21,29 +22,33 @@ REFRESH_S: Final = 0.25
 class Watch:
     """Shows `text()` again and again while the scenario runs; what has changed since the last time stands out.
 
-    Virtual time goes no faster than real time. Ctrl-C leaves, and so does the end of the workload.
+    `speed` is how many virtual seconds go into a real one at most. It ends with the workload.
     """
 
-    def __init__(self, run: Run, text: Callable[[], str]) -> None:
+    def __init__(self, run: Run, text: Callable[[], str], speed: float) -> None:
         self._run = run
+        self._speed = speed
         self._text = text
         self._before: list[str] = []
         self._console = Console(highlight=False)
 
-    def show(self) -> None:
+    def show(self, interrupts: Interrupts) -> None:
+        """Until the workload is done. Interrupted by a signal, with the terminal as it was before."""
         host = self._run.host
         begin, began = time.monotonic(), host.clock.now()
+        live = Live(self._picture(), console=self._console, auto_refresh=False, transient=True)
         try:
-            with Live(self._picture(), console=self._console, auto_refresh=False, transient=True) as live:
-                while True:
-                    target = began + int((time.monotonic() - begin + REFRESH_S) * NS_PER_S)
-                    done = self._run.run(target)
-                    live.update(self._picture(), refresh=True)
-                    if done:
-                        return
-                    time.sleep(max(0.0, (target - began) / NS_PER_S - (time.monotonic() - begin)))
-        except KeyboardInterrupt:
-            return  # the tables as they are now come after this
+            live.start(refresh=True)
+            done = False
+            while not done:
+                until = time.monotonic() + REFRESH_S
+                target = began + int((until - begin) * self._speed * NS_PER_S)
+                done = self._run.run(target)
+                live.update(self._picture(), refresh=True)
+                interrupts.wait(max(int((until - time.monotonic()) * NS_PER_S), 0))
+                interrupts.check()
+        finally:
+            live.stop()
 
     def _picture(self) -> Group:
         run = self._run

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, TypeVar
 
 from pvirq.drivers.blockstore import SECTOR, MemoryStore
@@ -234,3 +234,11 @@ class Run:
     def close(self) -> None:
         """Free everything; idempotent."""
         self.host.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
