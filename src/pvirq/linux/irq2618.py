@@ -34,6 +34,10 @@ class Status2618(StatusBits):
 INPROGRESS: Final = Status2618.INPROGRESS
 DISABLED: Final = Status2618.DISABLED
 PENDING: Final = Status2618.PENDING
+NOT_PENDING: Final = ~PENDING
+NOT_IN_PROGRESS: Final = ~INPROGRESS
+DISABLED_OR_IN_PROGRESS: Final = DISABLED | INPROGRESS
+SEEN: Final = ~(Status2618.REPLAY | Status2618.WAITING)
 
 
 class IrqLayer2618(IrqLayer26):
@@ -51,21 +55,19 @@ class IrqLayer2618(IrqLayer26):
 
     def entry(self, cpu: int) -> Entry:
         """do_IRQ and __do_IRQ."""
-        descs, new_desc, note_interrupt = self.descs, self.new_desc, self._note_interrupt
-        not_seen = ~(Status2618.REPLAY | Status2618.WAITING)
-        not_pending, not_in_progress = ~PENDING, ~INPROGRESS
+        descs = self.descs
 
         def do_irq(irq: int) -> None:
-            desc = descs.get(irq) or new_desc(irq)
+            desc = descs.get(irq) or self.new_desc(irq)
             desc.kstat[cpu] += 1
             chip = desc.chip
             chip.ack(desc)
-            status = desc.status & not_seen
-            if status & (DISABLED | INPROGRESS):
+            status = desc.status & SEEN
+            if status & DISABLED_OR_IN_PROGRESS:
                 desc.status = status | PENDING
                 chip.end(desc)
                 return
-            desc.status = status & not_pending | INPROGRESS
+            desc.status = status & NOT_PENDING | INPROGRESS
             actions = desc.actions
             if not actions:  # IN PROGRESS from now on, until somebody requests it
                 chip.end(desc)
@@ -77,12 +79,12 @@ class IrqLayer2618(IrqLayer26):
                         result = IRQ_HANDLED
                 count = desc.irq_count = desc.irq_count + 1
                 if result is IRQ_NONE or count >= IRQ_STORM:
-                    note_interrupt(desc, result is not IRQ_NONE)
+                    self._note_interrupt(desc, result is not IRQ_NONE)
                 status = desc.status
                 if not status & PENDING:
                     break
-                desc.status = status & not_pending
-            desc.status = status & not_in_progress
+                desc.status = status & NOT_PENDING
+            desc.status = status & NOT_IN_PROGRESS
             chip.end(desc)
 
         return do_irq

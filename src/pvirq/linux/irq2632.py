@@ -78,12 +78,12 @@ class IrqLayer2632(IrqLayer26):
 
     def entry(self, cpu: int) -> Entry:
         """handle_irq."""
-        descs, irq_to_desc, printk = self.descs, self.irq_to_desc, self.printk
+        descs = self.descs
 
         def handle_irq(irq: int) -> None:
-            desc = descs.get(irq) or irq_to_desc(irq)
+            desc = descs.get(irq) or self.irq_to_desc(irq)
             if desc is None:
-                printk(f"evtchn_do_upcall({cpu}): No handler for irq {irq}")
+                self.printk(f"evtchn_do_upcall({cpu}): No handler for irq {irq}")
             else:
                 desc.flow(desc, cpu)
 

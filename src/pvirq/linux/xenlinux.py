@@ -91,7 +91,8 @@ class XenLinux(Personality):
         self.evtchn_mask = (1 << self.index_shift) - 1
         self._warned = False
         self.upcall_state = [UpcallState() for _ in range(self.nr_cpus)]
-        self._upcalls = [UPCALLS[upcall](self, cpu, state) for cpu, state in enumerate(self.upcall_state)]
+        upcall_at = UPCALLS[upcall](self)
+        self._upcalls = [upcall_at(cpu, state) for cpu, state in enumerate(self.upcall_state)]
         self._stat = [IrqStat() for _ in range(self.nr_cpus)]
         self.initcalls: list[tuple[str, Callable[[], object]]] = []
         self.on_xenbus: Callable[[], object] = lambda: None

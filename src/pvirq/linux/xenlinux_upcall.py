@@ -11,7 +11,8 @@ each port that is pending, unmasked and this CPU's. They differ in where they go
   that the one begun in its middle is read again for the rest; what is notified meanwhile waits for the next round.
 
 In each, an upcall that comes while another is in the loop at this CPU only counts itself, and the outer one goes round
-once more. Each is one function with all that it needs in its cells, for this is what every event passes through.
+once more. Each is one function with all that it needs in its cells, for this is what every event passes through; what a
+domain's CPUs have in common is in cells that they share.
 """
 
 from __future__ import annotations
@@ -36,161 +37,176 @@ class UpcallState:
         self.l2i = l2i
 
 
-def lowest_first(events: XenLinux, cpu: int, state: UpcallState) -> Upcall:
+def lowest_first(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """The original."""
-    words, mine = events.words, events.cpu_evtchn_mask[cpu]
+    mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, do_irq, device = events.evtchn_to_irq.get, events.irq.entry(cpu), events.evtchn_device_upcall
-    mem, info, selector = events.mem, events.domain.vcpus[cpu].info, events.selector[cpu]
+    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
 
-    def upcall() -> None:
-        while True:
-            mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
-            count = state.count
-            state.count = count + 1
-            if count:
-                return
-            try:
-                l1 = words[selector]
-                if l1:
-                    words[selector] = 0
-                while l1:
-                    bit = l1 & -l1
-                    l1 ^= bit
-                    l1i = bit.bit_length() - 1
-                    base, p, m = l1i << shift, pending + l1i, mask + l1i
-                    while (l2 := words[p]) and (l2 := l2 & mine[l1i] & ~words[m]):
-                        port = base + (l2 & -l2).bit_length() - 1
-                        irq = get_irq(port)
-                        if irq is None:
-                            device(port)
-                        else:
-                            do_irq(irq)
-            finally:
-                count, state.count = state.count, 0
-            if count == 1:
-                return
+    def at(cpu: int, state: UpcallState) -> Upcall:
+        info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
+        do_irq = events.irq.entry(cpu)
 
-    return upcall
+        def upcall() -> None:
+            while True:
+                mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
+                count = state.count
+                state.count = count + 1
+                if count:
+                    return
+                try:
+                    l1 = words[selector]
+                    if l1:
+                        words[selector] = 0
+                    while l1:
+                        bit = l1 & -l1
+                        l1 ^= bit
+                        l1i = bit.bit_length() - 1
+                        base, p, m = l1i << shift, pending + l1i, mask + l1i
+                        while (l2 := words[p]) and (l2 := l2 & mine[l1i] & ~words[m]):
+                            port = base + (l2 & -l2).bit_length() - 1
+                            irq = get_irq(port)
+                            if irq is None:
+                                device(port)
+                            else:
+                                do_irq(irq)
+                finally:
+                    count, state.count = state.count, 0
+                if count == 1:
+                    return
+
+        return upcall
+
+    return at
 
 
-def round_robin(events: XenLinux, cpu: int, state: UpcallState) -> Upcall:
+def round_robin(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """linux-2.6.18-xen changeset 324: last_processed_l1i, last_processed_l2i."""
-    words, mine = events.words, events.cpu_evtchn_mask[cpu]
+    mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, do_irq, device = events.evtchn_to_irq.get, events.irq.entry(cpu), events.evtchn_device_upcall
+    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
     last = (1 << shift) - 1
-    state.l1i = state.l2i = last
-    mem, info, selector = events.mem, events.domain.vcpus[cpu].info, events.selector[cpu]
 
-    def upcall() -> None:
-        while True:
-            mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
-            count = state.count
-            state.count = count + 1
-            if count:
-                return
-            try:
-                l1 = words[selector]
-                if l1:
-                    words[selector] = 0
-                l1i, l2i = state.l1i, state.l2i
-                while l1:
-                    l1i = l1i + 1 & last
-                    rest = l1 >> l1i
-                    if not rest:  # round to the first word
-                        l1i = l2i = last
-                        continue
-                    l1i += (rest & -rest).bit_length() - 1
-                    base, p, m = l1i << shift, pending + l1i, mask + l1i
-                    while True:
-                        l2 = words[p]
-                        if l2:
-                            l2 &= mine[l1i] & ~words[m]
-                        l2i = l2i + 1 & last
-                        rest = l2 >> l2i
-                        if not rest:
-                            l2i = last
-                            break
-                        l2i += (rest & -rest).bit_length() - 1
-                        irq = get_irq(base + l2i)
-                        if irq is None:
-                            device(base + l2i)
-                        else:
-                            do_irq(irq)
-                        state.l1i, state.l2i = l1i, l2i
-                        if l2i == last:
-                            l2 = words[p] & mine[l1i] & ~words[m]
-                            break
-                    if not l2:
-                        l1 &= ~(1 << l1i)
-            finally:
-                count, state.count = state.count, 0
-            if count == 1:
-                return
+    def at(cpu: int, state: UpcallState) -> Upcall:
+        info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
+        do_irq = events.irq.entry(cpu)
+        state.l1i = state.l2i = last
 
-    return upcall
+        def upcall() -> None:
+            while True:
+                mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
+                count = state.count
+                state.count = count + 1
+                if count:
+                    return
+                try:
+                    l1 = words[selector]
+                    if l1:
+                        words[selector] = 0
+                    l1i, l2i = state.l1i, state.l2i
+                    while l1:
+                        l1i = l1i + 1 & last
+                        rest = l1 >> l1i
+                        if not rest:  # round to the first word
+                            l1i = l2i = last
+                            continue
+                        l1i += (rest & -rest).bit_length() - 1
+                        base, p, m = l1i << shift, pending + l1i, mask + l1i
+                        while True:
+                            l2 = words[p]
+                            if l2:
+                                l2 &= mine[l1i] & ~words[m]
+                            l2i = l2i + 1 & last
+                            rest = l2 >> l2i
+                            if not rest:
+                                l2i = last
+                                break
+                            l2i += (rest & -rest).bit_length() - 1
+                            irq = get_irq(base + l2i)
+                            if irq is None:
+                                device(base + l2i)
+                            else:
+                                do_irq(irq)
+                            state.l1i, state.l2i = l1i, l2i
+                            if l2i == last:
+                                l2 = words[p] & mine[l1i] & ~words[m]
+                                break
+                        if not l2:
+                            l1 &= ~(1 << l1i)
+                finally:
+                    count, state.count = state.count, 0
+                if count == 1:
+                    return
+
+        return upcall
+
+    return at
 
 
-def snapshot(events: XenLinux, cpu: int, state: UpcallState) -> Upcall:
+def snapshot(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """SUSE: current_l1i, current_l2i."""
-    words, mine = events.words, events.cpu_evtchn_mask[cpu]
+    mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, do_irq, device = events.evtchn_to_irq.get, events.irq.entry(cpu), events.evtchn_device_upcall
+    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
     last = (1 << shift) - 1
-    mem, info, selector = events.mem, events.domain.vcpus[cpu].info, events.selector[cpu]
 
-    def upcall() -> None:
-        while True:
-            mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
-            count = state.count
-            state.count = count + 1
-            if count:
-                return
-            try:
-                l1 = words[selector]
-                if l1:
-                    words[selector] = 0
-                l1i = start_l1i = state.l1i
-                start_l2i = state.l2i
-                first = True
-                while l1:
-                    rest = l1 >> l1i
-                    if not rest:  # round to the first word; that is a step of its own
-                        l1i = 0
+    def at(cpu: int, state: UpcallState) -> Upcall:
+        info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
+        do_irq = events.irq.entry(cpu)
+
+        def upcall() -> None:
+            while True:
+                mem[info] = 0  # evtchn_upcall_pending: cleared first, or what comes now would be lost
+                count = state.count
+                state.count = count + 1
+                if count:
+                    return
+                try:
+                    l1 = words[selector]
+                    if l1:
+                        words[selector] = 0
+                    l1i = start_l1i = state.l1i
+                    start_l2i = state.l2i
+                    first = True
+                    while l1:
+                        rest = l1 >> l1i
+                        if not rest:  # round to the first word; that is a step of its own
+                            l1i = 0
+                            first = False
+                            continue
+                        l1i += (rest & -rest).bit_length() - 1
+                        l2 = words[pending + l1i] & mine[l1i] & ~words[mask + l1i]
+                        l2i = 0
+                        if l1i == start_l1i:
+                            if first:
+                                l2i = start_l2i
+                            else:
+                                l2 &= (1 << start_l2i) - 1  # the others were served at the beginning
+                        base = l1i << shift
+                        while rest := l2 >> l2i:
+                            l2i += (rest & -rest).bit_length() - 1
+                            irq = get_irq(base + l2i)
+                            if irq is None:
+                                device(base + l2i)
+                            else:
+                                do_irq(irq)
+                            l2i = l2i + 1 & last
+                            state.l1i = l1i if l2i else l1i + 1 & last
+                            state.l2i = l2i
+                            if not l2i:
+                                break
+                        if l1i != start_l1i or not first:
+                            l1 &= ~(1 << l1i)
+                        l1i = l1i + 1 & last
                         first = False
-                        continue
-                    l1i += (rest & -rest).bit_length() - 1
-                    l2 = words[pending + l1i] & mine[l1i] & ~words[mask + l1i]
-                    l2i = 0
-                    if l1i == start_l1i:
-                        if first:
-                            l2i = start_l2i
-                        else:
-                            l2 &= (1 << start_l2i) - 1  # the others were served at the beginning
-                    base = l1i << shift
-                    while rest := l2 >> l2i:
-                        l2i += (rest & -rest).bit_length() - 1
-                        irq = get_irq(base + l2i)
-                        if irq is None:
-                            device(base + l2i)
-                        else:
-                            do_irq(irq)
-                        l2i = l2i + 1 & last
-                        state.l1i = l1i if l2i else l1i + 1 & last
-                        state.l2i = l2i
-                        if not l2i:
-                            break
-                    if l1i != start_l1i or not first:
-                        l1 &= ~(1 << l1i)
-                    l1i = l1i + 1 & last
-                    first = False
-            finally:
-                count, state.count = state.count, 0
-            if count == 1:
-                return
+                finally:
+                    count, state.count = state.count, 0
+                if count == 1:
+                    return
 
-    return upcall
+        return upcall
+
+    return at
 
 
 UPCALLS: Final = {"lowest-first": lowest_first, "round-robin": round_robin, "snapshot": snapshot}
