@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Final, NamedTuple
 
 from pvirq.abi.errno import Errno, XenError
@@ -83,10 +82,9 @@ class Node:
 
     def child_list(self) -> bytes:
         """The names of its children, each with a NUL behind it, as DIRECTORY returns them."""
-        return b"".join(name.encode("ascii") + b"\0" for name in self.children)
+        return "\0".join((*self.children, "")).encode("ascii")
 
 
-@lru_cache(maxsize=4096)
 def is_valid_nodename(path: str, path_max: int = XENSTORE_REL_PATH_MAX) -> bool:
     """An absolute path that a node may have; `/local/domain/<domid>/` is free in its length."""
     if VALID_PATH.fullmatch(path) is None:

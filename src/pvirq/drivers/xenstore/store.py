@@ -72,7 +72,7 @@ class Store(Database):
 
     def _find_permitted(self, conn: Connection, path: str, need: int) -> tuple[Node | None, Errno]:
         """The same, with EACCES or ENOENT told instead of raised."""
-        if not is_valid_nodename(path, self.quotas.path_max):
+        if path not in self.nodes and not is_valid_nodename(path, self.quotas.path_max):
             raise XenError(Errno.EINVAL, f"no node name: {path!r}")
         errno = Errno.ENOENT
         node = self.find_node(conn, path)
