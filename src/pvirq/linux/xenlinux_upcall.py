@@ -175,7 +175,9 @@ def snapshot(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
                             first = False
                             continue
                         l1i += (rest & -rest).bit_length() - 1
-                        l2 = words[pending + l1i] & mine[l1i] & ~words[mask + l1i]
+                        l2 = words[pending + l1i]
+                        if l2:
+                            l2 &= mine[l1i] & ~words[mask + l1i]
                         l2i = 0
                         if l1i == start_l1i:
                             if first:
