@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from hardwarelib import KERNELS, Rig
+from pvirq.abi.physdev import MAP_PIRQ_TYPE_GSI
 from pvirq.hardware.acpi import AcpiDriver
 from pvirq.hardware.device import Board, Deferred
 from pvirq.hardware.usb import PORT_CHANGE, UsbDriver
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
+from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import StartInfo
+from pvirq.linux.pvops import Pvops
+from pvirq.xen import physdev
 
 SHARED = [{"type": "ehci", "name": "usb1"}, {"type": "uhci", "name": "usb2"}, {"type": "uhci", "name": "usb3"}]
 
@@ -162,4 +168,37 @@ def test_work_of_a_device_is_due_once() -> None:
     rig.sleep(1000)
     assert done == [50]
     assert not work.pending
+    rig.close()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_device_given_to_a_guest_and_back(kernel: str) -> None:
+    """The line goes with the device: the guest's driver serves it, domain 0 hears nothing; then it is domain 0's."""
+    rig = Rig([{"type": "uhci", "name": "usb3", "gsi": 17}], kernel)
+    usb = rig.platform.device("usb3", UsbDriver)
+    domain = rig.hypervisor.create_domain(1)
+    guest: Kernel[Any] = Kernel(domain, lambda kernel: Pvops(kernel, start_info=StartInfo()))
+    guest.boot()
+
+    usb.remove()
+    dom0 = rig.kernel.domain
+    domain.pirqs.permit(17)  # what a toolstack does: pci_add_dm_done
+    pirq = physdev.map_pirq(dom0, 1, MAP_PIRQ_TYPE_GSI, 17)
+    theirs = UsbDriver(Board(guest), "usb3", "uhci_hcd", usb.controller, pirq)
+    theirs.bind()
+    assert theirs.bound
+    before = rig.count(17)
+    usb.controller.plug()
+    while any(vcpu.runnable and vcpu.event_pending() for vcpu in domain.vcpus):
+        guest.run(domain.vcpus[0])
+    rig.run()
+    irq = theirs._irqs[0][0]
+    assert (theirs.port_changes, usb.port_changes, guest.irq.descs[irq].kstat[0], rig.count(17)) == (1, 0, 1, before)
+
+    theirs.remove()
+    physdev.unmap_pirq(dom0, 1, pirq)
+    usb.bind()
+    usb.controller.unplug()
+    rig.run()
+    assert (usb.port_changes, rig.count(17)) == (1, before + 1)
     rig.close()

@@ -261,6 +261,21 @@ def test_a_disk_in_a_file(board: Board, tmp_path: Path) -> None:
     assert path.read_bytes() == b"boot" + bytes(508 + 2 * SECTOR) + b"!" * SECTOR
 
 
+def test_the_size_of_a_disk(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1000 * SECTOR + 17))
+    table = [
+        {"type": "ata_piix", "name": "a", "file": str(path)},
+        {"type": "ata_piix", "name": "b", "gsi": 15},
+        {"type": "ahci", "name": "c", "file": str(tmp_path / "new"), "size_mib": 2},
+    ]
+    rig = Rig(table)
+    assert [disk.sectors for disk in rig.platform.all(BlockDriver)] == [1000, 8192 << 11, 2 << 11]  # type: ignore[type-abstract]
+    assert path.stat().st_size == 1000 * SECTOR + 17
+    assert (tmp_path / "new").stat().st_size == 2 << 20
+    rig.close()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(list(CONTROLLERS)),

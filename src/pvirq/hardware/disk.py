@@ -20,6 +20,7 @@ from pvirq.xen.timer import NS_PER_S
 
 SECTOR: Final = 512
 MIB: Final = 1 << 20
+DEFAULT_SIZE: Final = 8192 * MIB
 TIMEOUT_NS: Final = 30 * NS_PER_S  # SCSI's
 
 Done = Callable[[bytes | None, Errno | None], None]
@@ -112,6 +113,14 @@ class Medium:
         self._data[sector * SECTOR : sector * SECTOR + len(data)] = data
 
 
+def _size_of(path: Path) -> int:
+    """A file's size, in whole sectors. HardwareError without the file."""
+    try:
+        return path.stat().st_size // SECTOR * SECTOR
+    except OSError as error:
+        raise HardwareError(f"{path}: {error.strerror}; a disk of a new file needs its size_mib") from error
+
+
 def _map_file(path: Path, size: int) -> mmap.mmap:
     path.touch()
     with path.open("r+b") as file:
@@ -122,20 +131,23 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
 
 @dataclass(frozen=True)
 class DiskDeclaration(Declaration):
-    """What all disks have: `size_mib`, perhaps a `file` with their data, and their timing (see `Timing`)."""
+    """What all disks have: a size (-1: that of `file`, else 8 GiB), a file with its data or none, `Timing`."""
 
-    size_mib: int = 8192
+    size_mib: int = -1
     file: str = ""
     command_ns: int = 100_000
     seek_ns: int = 16_000_000  # 8 ms for half the way
     bytes_per_s: int = 60_000_000
 
     def medium(self, board: Board) -> Medium:
-        if self.size_mib <= 0:
-            raise HardwareError(f"size_mib {self.size_mib}: expected a number above 0")
+        if self.size_mib < -1 or not self.size_mib:
+            raise HardwareError(f"size_mib {self.size_mib}: expected a number above 0, or -1")
         if self.command_ns < 0 or self.seek_ns < 0 or self.bytes_per_s <= 0:
             raise HardwareError("command_ns and seek_ns: expected 0 or more; bytes_per_s: expected more than 0")
-        return Medium(board, self.size_mib * MIB, Timing(self.command_ns, self.seek_ns, self.bytes_per_s), self.file)
+        size = self.size_mib * MIB
+        if self.size_mib < 0:
+            size = _size_of(Path(self.file)) if self.file else DEFAULT_SIZE
+        return Medium(board, size, Timing(self.command_ns, self.seek_ns, self.bytes_per_s), self.file)
 
 
 @dataclass(eq=False, slots=True)
