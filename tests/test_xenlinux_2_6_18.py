@@ -18,8 +18,9 @@ from pvirq.linux.irq import IRQ_HANDLED, IRQF_SHARED, IrqError, IrqReturn
 from pvirq.linux.irq2618 import Status2618
 from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import Ipi, StartInfo
-from pvirq.linux.xenlinux import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_PIRQ, IRQT_VIRQ, XenLinux
+from pvirq.linux.xenlinux import XenLinux
 from pvirq.linux.xenlinux_2_6_18 import DYNIRQ_BASE, NR_IRQS, XenLinux2618
+from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_PIRQ, IRQT_VIRQ
 from pvirq.linux.xenlinux_suse import XenLinuxSuse
 from pvirq.xen import evtchn, physdev, pirq
 from pvirq.xen.msi import PciDevice

@@ -13,7 +13,7 @@ from pvirq.linux import proc_irq
 from pvirq.linux.irq import IRQ_HANDLED, IRQF_SHARED, IrqAction, IrqError, IrqReturn
 from pvirq.linux.irq2632 import Status2632
 from pvirq.linux.personality import Ipi, StartInfo
-from pvirq.linux.xenlinux import IRQT_IPI, IRQT_VIRQ
+from pvirq.linux.xenlinux_ports import IRQT_IPI, IRQT_VIRQ
 from pvirq.linux.xenlinux_suse import CALL_FUNC_SINGLE_VECTOR, REBOOT_VECTOR, RESCHEDULE_VECTOR, XenLinuxSuse, nr_pirqs
 from pvirq.xen import evtchn
 from xenlinuxlib import Setup, unbound

@@ -17,8 +17,8 @@ from pvirq.linux.irq2618 import IrqLayer2618
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi, StartInfo
 from pvirq.linux.proc26 import Arch, Style, interrupts_2618
-from pvirq.linux.xenlinux import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
 from pvirq.linux.xenlinux_pirq import XenLinuxPirq
+from pvirq.linux.xenlinux_ports import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
 from pvirq.xen import evtchn
 
 HZ: Final = 100

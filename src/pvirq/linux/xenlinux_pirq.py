@@ -18,7 +18,8 @@ from pvirq.linux.irq import IrqError
 from pvirq.linux.irq26 import IrqChip26, IrqDesc26, IrqLayer26
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import StartInfo
-from pvirq.linux.xenlinux import IRQT_PIRQ, IRQT_UNBOUND, XenLinux
+from pvirq.linux.xenlinux import XenLinux
+from pvirq.linux.xenlinux_ports import IRQT_PIRQ, IRQT_UNBOUND
 from pvirq.xen import evtchn, physdev
 from pvirq.xen.ioapic import IOAPIC_BASE, LEVEL_ISA_IRQS, TIMER_PIN
 from pvirq.xen.msi import MsiInfo

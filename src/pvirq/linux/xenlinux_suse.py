@@ -29,8 +29,8 @@ from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi, StartInfo
 from pvirq.linux.proc26 import Style, interrupts_suse
 from pvirq.linux.proc_irq import ProcIrq
-from pvirq.linux.xenlinux import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
 from pvirq.linux.xenlinux_pirq import XenLinuxPirq
+from pvirq.linux.xenlinux_ports import IRQT_IPI, IRQT_VIRQ, NR_DYNIRQS, dynirq_chip
 from pvirq.xen import evtchn, physdev
 
 HZ: Final = 250
