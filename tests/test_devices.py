@@ -16,6 +16,7 @@ from pvirq.drivers.netfront import NetFront
 from pvirq.drivers.skb import Skb
 from pvirq.linux.personalities import find
 from pvirq.toolstack.devices import DeviceRef, Disk, Nic, vdev_number
+from pvirq.xen import evtchn_views
 
 RECORDED = Path(__file__).parent / "data" / "linux-2vcpu" / "2-drivers.xenstore"
 # Nodes whose values depend on the machine, or on the order in which its drivers took references.
@@ -92,6 +93,13 @@ def test_rows_and_ports_as_recorded(host: Host) -> None:
     assert names[-6:] == [
         "blkif-backend", "blkif-backend", "vif1.0-q0-tx", "vif1.0-q0-rx", "vif1.0-q1-tx", "vif1.0-q1-rx",
     ]  # fmt: skip
+
+
+def test_ports_of_the_guest_as_recorded(host: Host) -> None:
+    """The guest's ports, their kinds and CPUs; which ports domain 0 has at the other end depends on its hardware."""
+    guest = with_devices(host)
+    recorded = (RECORDED.parent / "2-drivers.lsevtchn-domU").read_text()
+    assert re.sub(r"Port \d+", "", evtchn_views.lsevtchn(guest.domain)) == re.sub(r"Port \d+", "", recorded)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,45 @@ def nic_of_or_none(guest: Guest) -> object:
     return guest.xenbus.frontends.devices["device/vif/0"].driver
 
 
+def test_headroom_as_the_frontend_wants_it(net: Net) -> None:
+    """A frontend that loads an XDP program asks for room before each frame, while it runs."""
+    store = net.host.store
+    store.write("/local/domain/2/device/vif/0/xdp-headroom", 256)
+    store.write("/local/domain/2/device/vif/0/state", 7)  # Reconfiguring
+    net.host.run()
+    assert store.read_text("/local/domain/0/backend/vif/2/0/state") == "8"
+    pages = {ident: mfn for ident, (_, mfn) in nic_of(net.guests[1]).queues[0]._rx_slots.items()}
+    data = frame(2, 1, random.Random(4).randbytes(9000))
+    net.send(1, data)
+    net.host.run()
+    assert [skb.data for skb in net.got[1]] == [data]
+    assert bytes(net.host.machine.page(pages[0])[256:300]) == data[:44]
+
+
+def test_multicast_control(net: Net) -> None:
+    """A frontend that asks for it gets only the multicasts that it has named; broadcasts always."""
+    group = b"\x01\x00\x5e\x00\x00\x09"
+
+    def arrives(to: bytes) -> bool:
+        count = len(net.got[1])
+        net.send(1, to + mac(1) + b"\x88\xb5" + bytes(46))
+        net.host.run()
+        return len(net.got[1]) > count
+
+    assert arrives(group)
+    net.host.store.write("/local/domain/2/device/vif/0/request-multicast-control", 1)
+    net.host.run()
+    assert [arrives(group), arrives(b"\xff" * 6), arrives(mac(2))] == [False, True, True]
+    vif = net.back(2).vif
+    assert vif is not None
+    vif.multicast.add(group)
+    assert arrives(group)
+    net.host.store.write("/local/domain/2/device/vif/0/request-multicast-control", 0)
+    net.host.run()
+    vif.multicast.clear()
+    assert arrives(group)
+
+
 # The bridge and what lies behind it.
 
 

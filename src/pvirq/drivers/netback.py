@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
+from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.bridge import Interface, Network
 from pvirq.drivers.netback_queue import BackQueue
 from pvirq.drivers.skb import Skb, finish, flow_hash
@@ -27,6 +28,7 @@ FEATURES: Final = (
     ("feature-rx-copy", 1), ("feature-xdp-headroom", 1), ("feature-rx-flip", 0), ("feature-multicast-control", 1),
     ("feature-dynamic-multicast-control", 1),
 )  # fmt: skip
+MAX_HEADROOM: Final = PAGE_SIZE // 2  # XDP asks for 256 bytes; a frame must still fit into the ring
 # Of XenLinux 2.6.18's netback.
 OLD_FEATURES: Final = (("feature-sg", 1), ("feature-gso-tcpv4", 1), ("feature-rx-copy", 1), ("feature-rx-flip", 0))
 
@@ -43,6 +45,7 @@ class Vif(Interface):
         self.gso = False  # and TCP segments that are to be cut
         self.multicast_control = False
         self.multicast: set[bytes] = set()
+        self.headroom = 0  # bytes that the frontend wants free before each part of a frame (xdp-headroom)
         self.tx_packets = self.tx_bytes = self.rx_packets = self.rx_bytes = self.rx_dropped = 0
 
     def transmit(self, skb: Skb) -> None:
@@ -73,6 +76,7 @@ class NetBack(Driver):
         self._modern = dev.kernel.events.multi_queue
         self._max_queues = max_queues
         self._hotplug: XsWatch | None = None
+        self._multicast: XsWatch | None = None
         self._wanted = XenbusState.Initialising  # the state that the hotplug script still holds up
 
     def _limit(self) -> int:
@@ -111,6 +115,9 @@ class NetBack(Driver):
                     yield from self._await_hotplug()
                 else:
                     self.disconnect()
+        elif state == XenbusState.Reconfiguring:
+            yield from self._read_headroom()
+            yield from dev.switch_state(XenbusState.Reconfigured)
         elif state == XenbusState.Closing:
             self.disconnect()
             yield from dev.switch_state(XenbusState.Closing)
@@ -144,10 +151,11 @@ class NetBack(Driver):
         vif.gso = bool((yield from xs.read_int(dev.other("feature-gso-tcpv4"), 0)))
         vif.csum = not (yield from xs.read_int(dev.other("feature-no-csum-offload"), 0))
         if self._modern:
-            for key in ("feature-gso-tcpv6", "feature-ipv6-csum-offload", "xdp-headroom"):
+            for key in ("feature-gso-tcpv6", "feature-ipv6-csum-offload"):
                 yield from xs.read_int(dev.other(key), 0)
-            wants = yield from xs.read_int(dev.other("request-multicast-control"), 0)
-            vif.multicast_control = bool(wants)
+            yield from self._read_headroom()
+            yield from self._unwatch()
+            self._multicast = yield from xs.watch(dev.other("request-multicast-control"), self._multicast_changed)
         for i in range(queues):
             where = dev.otherend if queues == 1 else dev.other(f"queue-{i}")
             if not (yield from self._connect_queue(vif, i, where)):
@@ -156,6 +164,18 @@ class NetBack(Driver):
         for queue in vif.queues:
             queue.start()
         return True
+
+    def _read_headroom(self) -> Body[None]:
+        """read_xenbus_frontend_xdp; what is too much counts as none."""
+        headroom = yield from self.dev.xs.read_int(self.dev.other("xdp-headroom"), 0)
+        if self.vif is not None:
+            self.vif.headroom = headroom if 0 <= headroom <= MAX_HEADROOM else 0
+
+    def _multicast_changed(self, path: str) -> Body[None]:
+        """Once as it is set, then whenever the frontend changes its mind (xen_mcast_ctrl_changed)."""
+        wants = yield from self.dev.xs.read_int(self.dev.other("request-multicast-control"), 0)
+        if self.vif is not None:
+            self.vif.multicast_control = bool(wants)
 
     def _connect_queue(self, vif: Vif, index: int, where: str) -> Body[bool]:
         """connect_data_rings."""
@@ -188,7 +208,6 @@ class NetBack(Driver):
     def _await_hotplug(self) -> Body[None]:
         """Connected only once the script has put the interface on its bridge."""
         self._wanted = XenbusState.Connected
-        yield from self._unwatch()
         self._hotplug = yield from self.dev.xs.watch(self.dev.path("hotplug-status"), self._hotplug_changed)
 
     def _hotplug_changed(self, path: str) -> Body[None]:
@@ -197,13 +216,16 @@ class NetBack(Driver):
         except XenError:
             return
         if status == "connected" and self._wanted == XenbusState.Connected:
-            yield from self._unwatch()
+            watch, self._hotplug = self._hotplug, None
+            if watch is not None:
+                yield from self.dev.xs.unwatch(watch)
             yield from self.dev.switch_state(XenbusState.Connected)
 
     def _unwatch(self) -> Body[None]:
-        watch, self._hotplug = self._hotplug, None
-        if watch is not None:
-            yield from self.dev.xs.unwatch(watch)
+        watches, self._hotplug, self._multicast = (self._hotplug, self._multicast), None, None
+        for watch in watches:
+            if watch is not None:
+                yield from self.dev.xs.unwatch(watch)
 
     def disconnect(self) -> None:
         """Let go of the rings (xenvif_disconnect_data)."""

@@ -322,9 +322,8 @@ class BackQueue:
             self._rx_scheduled = True
             self._kernel.queue_work(self._rx_action)
 
-    @staticmethod
-    def _rx_slots(skb: Skb) -> int:
-        return -(-len(skb.data) // PAGE_SIZE) + bool(skb.gso_size)
+    def _rx_slots(self, skb: Skb) -> int:
+        return -(-len(skb.data) // (PAGE_SIZE - self.vif.headroom)) + bool(skb.gso_size)
 
     def _rx_action(self) -> None:
         """The thread vif1.0-q0-guest-rx (xenvif_rx_action)."""
@@ -361,18 +360,20 @@ class BackQueue:
             flags |= NETRXF_extra_info
         page = mem.page(self._buffer)
         source = Side(self._buffer, DOMID_SELF, 0, False)
-        for at in range(0, size, PAGE_SIZE):
+        offset = vif.headroom
+        room = PAGE_SIZE - offset
+        for at in range(0, size, room):
             ident, gref = NETIF_RX_REQUEST.unpack(rx.request())
-            part = data[at : at + PAGE_SIZE]
+            part = data[at : at + room]
             page[: len(part)] = part
             status = len(part)
             try:
-                copy(self._domain, source, Side(gref, self._domid, 0, True), len(part))
+                copy(self._domain, source, Side(gref, self._domid, offset, True), len(part))
             except GrantError as error:
                 self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy to the frontend failed: {error}")
                 status = NETIF_RSP_ERROR
-            more = NETRXF_more_data if at + PAGE_SIZE < size else 0
-            rx.put(NETIF_RX_RESPONSE.pack(ident, 0, flags | more, status))
+            more = NETRXF_more_data if at + room < size else 0
+            rx.put(NETIF_RX_RESPONSE.pack(ident, offset, flags | more, status))
             if flags & NETRXF_extra_info:
                 rx.request()  # the extra takes a buffer's place
                 rx.put(NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, skb.gso_size, skb.gso_type, 0))
