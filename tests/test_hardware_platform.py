@@ -20,6 +20,7 @@ from pvirq.hardware.device import HardwareError
 from pvirq.hardware.i8042 import I8042Driver
 from pvirq.hardware.nic import NicDriver
 from pvirq.hardware.platform import MACHINES, TYPES, build, declare, device_help
+from pvirq.linux.irq import IrqError
 from pvirq.xen import evtchn
 from pvirq.xen.timer import NS_PER_S
 
@@ -127,6 +128,8 @@ def test_every_use_of_every_device(kernel: str) -> None:
 
 USES = [(row["name"] if "name" in row else row["type"], row["type"]) for row in MACHINES["writeup"].devices]
 ACTIONS = [(str(name), action) for name, kind in USES for action in TYPES[str(kind)].driver.uses]
+ACTIONS += [(str(irq), f"to CPU {cpu}") for irq in WRITEUP_ROWS for cpu in range(4)]
+ACTIONS += [("cpu", f"{way} {cpu}") for way in ("off", "on") for cpu in (1, 2, 3)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,18 +139,33 @@ ACTIONS = [(str(name), action) for name, kind in USES for action in TYPES[str(ki
     st.integers(0, 1 << 32),
 )
 def test_every_interrupt_is_counted_once(kernel: str, steps: list[tuple[tuple[str, str], int]], seed: int) -> None:
-    """Whatever happens on the write-up's PC: what its lines and messages sent is what its rows say, none is lost, and
-    in the end all are served."""
+    """Whatever happens on the write-up's PC, and wherever its IRQs go: what its lines and messages sent is what its
+    rows say, none is lost, and in the end all are served.
+
+    But where a level line is moved: kernels before 6.1 then tell Xen of its end before its handlers have run, and
+    forget what it sends once more.
+    """
     rig = Rig("writeup", kernel, vcpus=4)
     rng = random.Random(seed)
     for (name, action), pause in steps:
-        with contextlib.suppress(ValueError):  # as a transfer where nothing is plugged in
-            rig.platform[name].use(action, rng)
+        # As a transfer where nothing is plugged in, or a CPU that is off already.
+        with contextlib.suppress(ValueError, IrqError):
+            if action.startswith("to CPU"):
+                rig.kernel.irq.set_affinity(int(name), 1 << int(action[-1]))
+            elif name == "cpu":
+                (rig.kernel.cpu_down if action[:3] == "off" else rig.kernel.cpu_up)(int(action[-1]))
+            else:
+                rig.platform[name].use(action, rng)
         rig.sleep(pause)
     rig.sleep(60 * NS_PER_S)
     lines = rig.hypervisor.ioapic.lines
+    moves = any("CPU" in action or name == "cpu" for (name, action), _ in steps)
     for gsi in WRITEUP_ROWS:
-        assert (lines[gsi].sent, lines[gsi].lost, lines[gsi].asserted) == (rig.count(gsi), 0, False), gsi
+        assert (lines[gsi].lost, lines[gsi].asserted) == (0, False), gsi
+        if gsi >= 16 and moves and not kernel.startswith("pvops"):
+            assert rig.count(gsi) <= lines[gsi].sent <= 2 * rig.count(gsi), gsi
+        else:
+            assert rig.count(gsi) == lines[gsi].sent, gsi
     assert rig.platform.device("peth0", NicDriver).pci.sent == rig.named("peth0")
     rig.close()
 
