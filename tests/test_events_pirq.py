@@ -7,15 +7,12 @@ from functools import partial
 
 import pytest
 
-from linuxlib import RecordedDom0, counts, ignore, run, sleep_until
+from linuxlib import RecordedDom0, counts, ignore, maps_are_inverse, renewed, run, sleep_until
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHNSTAT_pirq
 from pvirq.abi.physdev import MAP_PIRQ_TYPE_GSI
 from pvirq.abi.xen import (
     DOMID_SELF,
-    SHARED_INFO_EVTCHN_MASK,
-    SHARED_INFO_EVTCHN_PENDING,
-    VCPU_INFO_PENDING_SEL,
     VIRQ_TIMER,
 )
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqError, IrqReturn
@@ -401,33 +398,6 @@ def test_a_guests_messages_come_through_its_frontend(hypervisor: Hypervisor) -> 
 
 
 # Resume.
-
-
-def renewed(kernel: Kernel[Pvops]) -> StartInfo:
-    """What the toolstack does to a domain that is saved and restored: no channels, fresh bits, two new ports."""
-    domain = kernel.domain
-    domain.paused = True
-    evtchn.reset(domain.hypervisor.domains[0], domain.domid)
-    domain.paused = False
-    mem, shared = domain.machine.mem, domain.shared_info
-    mem[shared + SHARED_INFO_EVTCHN_PENDING : shared + SHARED_INFO_EVTCHN_PENDING + 512] = bytes(512)
-    mem[shared + SHARED_INFO_EVTCHN_MASK : shared + SHARED_INFO_EVTCHN_MASK + 512] = b"\xff" * 512
-    for vcpu in domain.vcpus:
-        mem[vcpu.info] = 0
-        mem[vcpu.info + VCPU_INFO_PENDING_SEL : vcpu.info + VCPU_INFO_PENDING_SEL + 8] = bytes(8)
-    store, console = (evtchn.alloc_unbound(domain, DOMID_SELF, 0) for _ in range(2))
-    return StartInfo(store_port=store, console_port=console)
-
-
-def maps_are_inverse(kernel: Kernel[Pvops]) -> None:
-    events = kernel.events
-    ports = {irq: port for irq in kernel.irq.descs if (port := events.evtchn_from_irq(irq))}
-    assert {port: info.irq for port, info in events._evtchn_to_irq.items()} == {p: irq for irq, p in ports.items()}
-    on_cpu = [0] * kernel.irq.nr_cpus
-    for port in ports.values():
-        on_cpu[events.cpu_from_evtchn(port)] += 1
-        assert evtchn.status(kernel.domain, DOMID_SELF, port).vcpu == events.cpu_from_evtchn(port)
-    assert events._channels_on_cpu == on_cpu
 
 
 @pytest.fixture(params=["fifo", "2l"])
