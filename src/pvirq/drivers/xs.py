@@ -70,8 +70,12 @@ class Xs:
     Paths may be relative to the domain's own directory. `tx` is a transaction's number, 0 outside of any.
     """
 
-    def __init__(self, kernel: Kernel[Any], page: memoryview, port: int) -> None:
-        """`page` is the ring in place, `port` this kernel's end of its channel."""
+    def __init__(self, kernel: Kernel[Any], page: memoryview, port: int, *, follow: bool = False) -> None:
+        """`page` is the ring in place, `port` this kernel's end of its channel.
+
+        `follow`: xenwatch moves to the CPU that takes the interrupts, which spares one to wake it each time. A
+        scheduler may do either; without, it stays on CPU 0.
+        """
         self.kernel = kernel
         self.requests = 0  # how many were made
         self._page = page
@@ -88,6 +92,7 @@ class Xs:
         self._wake_xenwatch = WaitQueue()
         self._xenwatch: Kthread[None] | None = None
         self._xenwatch_idle = False
+        self._follow = follow
         kernel.events.on_xenbus = self.service
 
     # -- the ring ------------------------------------------------------------------------------------------------------
@@ -142,6 +147,8 @@ class Xs:
                 self._events.append((watch, path))
                 if self._xenwatch_idle:
                     self._xenwatch_idle = False
+                    if self._follow and self._xenwatch is not None:
+                        self._xenwatch.cpu = self.kernel.cpu
                     self._wake_xenwatch.wake_up()
             return
         waiting = self._waiting.pop(req_id, None)
@@ -325,4 +332,4 @@ def connect_xenstored(kernel: Kernel[Any], xenstored: Xenstored, events: EvtchnU
     end = events.bind_interdomain(0, port, lambda _port: ring.service())
     # IOCTL_EVTCHN_NOTIFY without its checks: this port stays as it is, and nothing is notified as often.
     ring.bind(page, partial(evtchn.send, kernel.domain, end))
-    return Xs(kernel, page, port)
+    return Xs(kernel, page, port, follow=True)
