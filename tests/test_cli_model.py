@@ -100,6 +100,18 @@ def test_bad_input_is_one_line(args: list[str], words: str, scenario: Path, caps
     assert words in err
 
 
+def test_an_error_on_the_way_comes_behind_what_was_asked_for(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario.write_text(SCENARIO + '[[workload]]\non = "dom0"\nkind = "hotplug"\ncpu = 0\nto = "offline"\n')
+    assert main.run(["model", "small.toml", "--dmesg", "dom0"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("dom0: dmesg then\nxen:events: Using FIFO-based ABI\n")
+    assert err == "pvirq: small.toml:16: dom0: EBUSY: CPU 0 stays\n"
+    assert main.run(["model", "small.toml"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["model", "--list"]) == 0
     out = capsys.readouterr().out

@@ -290,3 +290,24 @@ def test_many_guests_of_one_kind() -> None:
         assert run.run()
         ticked = [name for name in run.members if name != "dom0" and table_of(run, name)["timer0"] >= 100]
         assert ticked == [f"web-{i}" for i in (1, *range(10, 20))]
+
+
+def disks(count: int) -> str:
+    names = [f"xvd{a}{b}" for a in "abcdef" for b in "abcdefghijklmnopqrstuvwx"][:count]
+    listed = ", ".join(f'{{ name = "{name}", size = "4K" }}' for name in names)
+    work = f'[[workload]]\non = "g"\nkind = "disk"\ndisk = "{names[-1]}"\ncount = 10\n'
+    return f'[[domain]]\nname = "g"\ndisk = [{listed}]\n{work}'
+
+
+def test_many_disks_with_extended_numbers() -> None:
+    with running(disks(60)) as run:
+        assert run.run()
+        assert run.view("interrupts", run.members["g"]).count("blkif") == 60
+
+
+def test_a_device_that_cannot_connect_is_an_error_that_says_where_to_look() -> None:
+    """xenstored lets a domain have 1,000 nodes: too few for so many frontends."""
+    with pytest.raises(ScenarioError) as error, running(disks(140)) as run:
+        run.run()
+    assert str(error.value) == "t.toml:7: xvdft of g doesn't connect (see --dmesg g)"
+    assert "ENOSPC" in run.view("dmesg", run.members["g"])

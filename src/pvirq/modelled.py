@@ -23,14 +23,14 @@ from pvirq.toolstack.devices import vdev_number
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 from pvirq.xen.grant import GrantTable
+from pvirq.xen.timer import NS_PER_S
 
 if TYPE_CHECKING:
     from pvirq.host import Host
 
 D = TypeVar("D", bound=Driver)
 
-T = TypeVar("T")
-
+CONNECT_NS: Final = 10 * NS_PER_S  # what isn't connected by then won't be
 PROBE_NS: Final = 1_000_000  # how often somebody looks who waits for a device
 MEMORY_KIB: Final = 64 << 10  # what xenstore is told; only the frames in use are really there
 
@@ -107,23 +107,21 @@ class ModelledGuest:
             return False
 
     def wait_disk(self, vdev: str) -> Body[BlkFront]:
-        """Wait in a thread of the guest's until a disk is there and connected."""
-        disk = yield from self._wait_device(lambda: self.disk(vdev))
-        yield from disk.ready.wait()
-        return disk
+        """Wait in a thread of the guest's until a disk is there and connected; XenError(ETIMEDOUT) after 10 s."""
+        yield from self._wait_device(vdev, lambda: self.has_disk(vdev))
+        return self.disk(vdev)
 
     def wait_nic(self, devid: int = 0) -> Body[NetFront]:
         """The same for a network interface."""
-        nic = yield from self._wait_device(lambda: self.nic(devid))
-        yield from nic.ready.wait()
-        return nic
+        yield from self._wait_device(f"vif {devid}", lambda: self.has_nic(devid))
+        return self.nic(devid)
 
-    def _wait_device(self, find: Callable[[], T]) -> Body[T]:
-        while True:
-            try:
-                return find()
-            except XenError:
-                yield from sleep(self.kernel, PROBE_NS)
+    def _wait_device(self, name: str, is_there: Callable[[], bool]) -> Body[None]:
+        end = self.kernel.now() + CONNECT_NS
+        while not is_there():
+            if self.kernel.now() >= end:
+                raise XenError(Errno.ETIMEDOUT, f"{name} of {self.name} doesn't connect")
+            yield from sleep(self.kernel, PROBE_NS)
 
     def _device(self, kind: str, devid: int, driver: type[D]) -> D:
         device = self.xenbus.frontends.devices.get(f"device/{kind}/{devid}")

@@ -36,6 +36,7 @@ Exit status:
 @click.option("-i", "--interrupts", multiple=True, metavar="DOMAIN", help="Print the /proc/interrupts of a domain.")
 @click.option("-l", "--lsevtchn", multiple=True, metavar="DOMAIN", help="Print the lsevtchn of a domain.")
 @click.option("-m", "--map", "maps", multiple=True, metavar="DOMAIN", help="Print which port is which IRQ in a domain.")
+@click.option("-d", "--dmesg", multiple=True, metavar="DOMAIN", help="Print what a domain's kernel said.")
 @click.option("--before", is_flag=True, help="Print the same before the workload begins, too.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Another seed than the scenario's.")
 @click.option(
@@ -50,7 +51,8 @@ Exit status:
 @click.option("--list", "listing", is_flag=True, help="List what there is for scenarios, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="On stderr nothing but errors.")
 def model(
-    scenario: str | None, interrupts: tuple[str, ...], lsevtchn: tuple[str, ...], maps: tuple[str, ...], before: bool,
+    scenario: str | None, interrupts: tuple[str, ...], lsevtchn: tuple[str, ...], maps: tuple[str, ...],
+    dmesg: tuple[str, ...], before: bool,
     seed: int | None, settings: tuple[str, ...], watch: bool, speed: float, listing: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Run a scenario of modelled domains: kernels whose interrupt layer is Python, on real event channels.
@@ -59,7 +61,7 @@ def model(
     devices and workload; each count in what is printed is an interrupt that happened. DOMAIN is a name of the
     scenario's, "dom0", or "*" for all.
 
-    Without -i, -l and -m it prints the /proc/interrupts of the domains that the scenario wants shown.
+    Without -i, -l, -m and -d it prints the /proc/interrupts of the domains that the scenario wants shown.
     """
     from pvirq.cli.messages import Messages
     from pvirq.scenario.load import load
@@ -75,9 +77,8 @@ def model(
         raise click.UsageError("--watch needs a terminal on stdout")
     overrides = [*settings, *([] if seed is None else [f"seed={seed}"])]
     loaded = load(scenario, overrides)
-    return _Session(loaded, [("interrupts", interrupts), ("lsevtchn", lsevtchn), ("map", maps)], Messages(quiet)).run(
-        before=before, speed=speed if watch else 0
-    )
+    wanted = [("interrupts", interrupts), ("lsevtchn", lsevtchn), ("map", maps), ("dmesg", dmesg)]
+    return _Session(loaded, wanted, Messages(quiet)).run(before=before, speed=speed if watch else 0)
 
 
 class _Session:
@@ -105,6 +106,7 @@ class _Session:
     def _run(self, interrupts: Interrupts, before: bool, speed: float) -> None:
         from pvirq.cli.terminal import Interrupted
         from pvirq.scenario.run import Run
+        from pvirq.scenario.schema import ScenarioError
 
         messages, name = self._messages, self._scenario.file
 
@@ -128,7 +130,13 @@ class _Session:
                     Watch(run, lambda: self.text(run, ""), speed).show(interrupts)
             else:
                 messages.begin(f"running {name}")
-                run.run()
+                try:
+                    run.run()
+                except ScenarioError:
+                    messages.end()
+                    if any(names for _, names in self._wanted):
+                        sys.stdout.write(self.text(run, "then"))  # what was asked for may tell why
+                    raise
                 messages.end()
             sys.stdout.write(self.text(run, "after" if before else ""))
 
@@ -155,4 +163,4 @@ class _Session:
         return "\n".join(texts)
 
 
-_TITLES: Final = {"interrupts": "/proc/interrupts", "lsevtchn": "lsevtchn", "map": "ports and IRQs"}
+_TITLES: Final = {"interrupts": "/proc/interrupts", "lsevtchn": "lsevtchn", "map": "ports and IRQs", "dmesg": "dmesg"}

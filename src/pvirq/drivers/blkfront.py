@@ -332,7 +332,8 @@ class BlkFront(Driver):
     # -- for the bus ---------------------------------------------------------------------------------------------------
 
     def probe(self) -> Body[None]:
-        self.handle = yield from self.dev.xs.read_int(self.dev.path("virtual-device"))
+        # blkif_vdev_t has 16 bits: an extended number loses its upper part on the ring.
+        self.handle = (yield from self.dev.xs.read_int(self.dev.path("virtual-device"))) & 0xFFFF
         if self.dev.state != XenbusState.Initialising:  # it was driven before
             yield from self.dev.await_backend()
 

@@ -243,7 +243,10 @@ class Bus:
         """Find what is there, then follow changes (xenbus_probe_devices and the watch)."""
         xs = self.xenbus.xs
         yield from self._enumerate(self.root, 1)
-        self._watch = yield from xs.watch(self.root, self._changed)
+        try:
+            self._watch = yield from xs.watch(self.root, self._changed)
+        except XenError as error:  # too many watches of its devices: it will see no new ones
+            self.xenbus.kernel.printk(f"xenbus: error {-error.errno} watching {self.root}")
 
     def _enumerate(self, path: str, level: int) -> Body[None]:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any
 
 from pvirq.drivers.blockstore import SECTOR, MemoryStore
 from pvirq.drivers.xs import Xs
@@ -19,18 +19,13 @@ from pvirq.linux.irq_map import irq_map
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.kthread import Body, Completion, Kthread
 from pvirq.linux.personalities import KernelFactory
-from pvirq.modelled import ModelledGuest
+from pvirq.modelled import CONNECT_NS, ModelledGuest
 from pvirq.scenario.contents import Contents
 from pvirq.scenario.fields import Unexpected
 from pvirq.scenario.schema import Domain as DomainSpec
 from pvirq.scenario.schema import Scenario, ScenarioError
 from pvirq.scenario.toml_lines import Path
 from pvirq.scenario.traffic import Traffic
-from pvirq.xen.timer import NS_PER_S
-
-T = TypeVar("T")
-
-CONNECT_NS: Final = 10 * NS_PER_S  # what takes longer goes on beside the workload
 
 
 class Member:
@@ -226,9 +221,11 @@ class Run:
         return [member for known, member in self.members.items() if fnmatchcase(known, name)]
 
     def view(self, view: str, member: Member) -> str:
-        """A domain's "interrupts", "lsevtchn" or "map"."""
+        """A domain's "interrupts", "lsevtchn", "map" or "dmesg"."""
         if view == "lsevtchn":
             return self.host.lsevtchn(member.domain.domid)
+        if view == "dmesg":
+            return "".join(f"{line}\n" for line in member.kernel.log)
         return irq_map(member.kernel) if view == "map" else str(member.kernel.proc_interrupts())
 
     def close(self) -> None:

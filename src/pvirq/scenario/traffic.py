@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from pvirq.abi.errno import XenError
 from pvirq.drivers.netfront import NetFront
 from pvirq.drivers.skb import Skb
 from pvirq.hardware.nic import NicDriver
@@ -50,7 +51,7 @@ class Traffic:
         if workload.direction == "out":
             self._run.thread(member, "net", self._send(workload, member, rng, None), workload.cpu_of(member))
         else:
-            self._run.thread(member, "net", self._listen(member, echo=workload.direction == "echo"), 0)
+            self._run.thread(member, "net", self._listen(workload, member, echo=workload.direction == "echo"), 0)
             self._run.outside(self._arrive(workload, member, rng, wire))
 
     def _wire(self, workload: Packets, member: Member) -> NicDriver:
@@ -89,25 +90,28 @@ class Traffic:
 
     # In guests.
 
-    def _nic(self, member: Member) -> Body[NetFront]:
+    def _nic(self, workload: Packets, member: Member) -> Body[NetFront]:
         """A guest's first interface, connected."""
         assert member.guest is not None
-        nic = yield from member.guest.wait_nic(0)
+        try:
+            nic = yield from member.guest.wait_nic(0)
+        except XenError as error:
+            raise workload.unexpected("on", f"{error.why} (see --dmesg {member.name})") from None
         return nic
 
     def _send(self, workload: Packets, member: Member, rng: random.Random, to: Member | None) -> Body[None]:
-        nic = yield from self._nic(member)
+        nic = yield from self._nic(workload, member)
         target = STATION
         if to is not None:
-            target = (yield from self._listen(to, echo=False)).address
+            target = (yield from self._listen(workload, to, echo=False)).address
         for gap in workload.times(self._run, rng):
             yield from sleep(member.kernel, gap)
             frame = self._frame(target, nic.address, workload.size, rng)
             while not nic.transmit(frame) and not workload.every:
                 yield from sleep(member.kernel, FULL_NS)  # the queue is full
 
-    def _listen(self, member: Member, *, echo: bool) -> Body[NetFront]:
-        nic = yield from self._nic(member)
+    def _listen(self, workload: Packets, member: Member, *, echo: bool) -> Body[NetFront]:
+        nic = yield from self._nic(workload, member)
 
         def receive(skb: Skb) -> None:
             self._received(skb.data)

@@ -280,7 +280,10 @@ class DiskRequests(Workload):
         sectors = self.size // SECTOR
 
         def body() -> Body[None]:
-            disk = yield from guest.wait_disk(name)
+            try:
+                disk = yield from guest.wait_disk(name)
+            except XenError as error:
+                raise self.unexpected("disk", f"{error.why} (see --dmesg {member.name})") from None
             places = disk.sectors // sectors
             if not places:
                 raise self.unexpected("size", f"expected at most the disk's {disk.sectors * SECTOR} bytes")
