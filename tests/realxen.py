@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 QEMU = "qemu-system-x86_64"
@@ -48,17 +49,19 @@ class RealXen:
         self._elf.write_bytes(gzip.decompress(image) if image[:2] == b"\x1f\x8b" else image)
 
     def boot(
-        self, kernel: Path, cmdline: str = "", *, vcpus: int = 1, timeout: float = 60, icount: bool = False
-    ) -> str:
+        self, kernel: Path, cmdline: str = "", *, vcpus: int = 1, timeout: float = 60, icount: bool = False,
+        options: Sequence[str] = (),
+    ) -> str:  # fmt: skip
         """Boot `kernel` as domain 0; all that came over the serial line, until Xen says how it ended.
 
-        With `icount` time is counted in instructions, so that what hangs on time is the same at every run (and the boot
-        takes 6 s). TimeoutError after `timeout` seconds, with the last of what came.
+        `options` are more of QEMU's. With `icount` time is counted in instructions, so that what hangs on time is the
+        same at every run (and the boot takes 6 s). TimeoutError after `timeout` seconds, with the last of what came.
         """
         command = [
             QEMU,
             *_MACHINE,
             *(("-icount", "shift=1,sleep=off") if icount else ()),
+            *options,
             "-kernel",
             str(self._elf),
             "-append",

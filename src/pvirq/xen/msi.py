@@ -17,16 +17,28 @@ if TYPE_CHECKING:
 MAX_MSI_IRQS: Final = 32
 
 
-class MsiDesc:
-    """One message of a device that is in use (struct msi_desc): where it goes, who masks it, whether one waits.
+class Message:
+    """What a device holds for one of its messages: the vector and the CPUs it goes to, the mask and the pending bit.
 
-    `nvec` is, in the first of several MSIs, their number. A device without mask bits is never masked.
+    The pending bit is the device's own: it stays while nobody has mapped the message.
     """
 
-    __slots__ = (
-        "dest", "device", "entry_nr", "guest_masked", "host_masked", "irq", "maskable", "msix", "nvec", "pending",
-        "vector",
-    )  # fmt: skip
+    __slots__ = ("dest", "masked", "pending", "vector")
+
+    def __init__(self, masked: bool) -> None:
+        self.dest = 0
+        self.vector = 0
+        self.masked = masked
+        self.pending = False
+
+
+class MsiDesc:
+    """A message that is mapped (struct msi_desc), and who masks it. `nvec`: in the first of several MSIs, how many.
+
+    One message may be mapped to several irqs; it goes to the one that was mapped or bound last.
+    """
+
+    __slots__ = ("device", "entry_nr", "guest_masked", "host_masked", "irq", "maskable", "message", "msix", "nvec")
 
     def __init__(self, device: PciDevice, entry_nr: int, irq: int, nvec: int) -> None:
         self.device = device
@@ -37,21 +49,29 @@ class MsiDesc:
         self.maskable = device.msix or device.maskable
         self.host_masked = self.maskable
         self.guest_masked = device.msix
-        self.pending = False
-        self.dest = 0
-        self.vector = 0
+        self.message = device.messages[entry_nr]
+        self.message.masked = self.maskable
 
-    @property
-    def masked(self) -> bool:
-        return self.host_masked or self.guest_masked
+    def set_mask(self, host: bool, guest: bool) -> None:
+        """msi_set_mask_bit; what waits goes out at unmask."""
+        if self.maskable:
+            self.host_masked, self.guest_masked = host, guest
+            self.message.masked = host or guest
+            self.device.send_pending(self.message)
+
+    def write(self, dest: int, vector: int) -> None:
+        """Where it goes from now on (write_msi_msg)."""
+        self.message.dest = dest
+        self.message.vector = vector
 
 
 class PciDevice:
     """A PCI function: `sbdf` (segment, bus, device and function, as in Xen), `vectors` it can raise, MSI-X or MSI.
 
     `maskable`: its MSIs have mask bits, as most devices' have not; those of MSI-X always do. With no `vectors` it has
-    no messages at all. `owner` is the domain that it belongs to, once domain 0 has told Xen of it. `sent` counts the
-    messages that it wrote, `held` those that waited for the mask bit to go; one that waits stands for all that follow.
+    no messages at all. `owner` is the domain that it belongs to, once domain 0 has told Xen of it. `enabled` is the
+    enable bit of its capability, which a driver sets when it has mapped a message. `sent` counts the messages that it
+    wrote, `held` those that waited for the mask bit to go; one that waits stands for all that follow.
     """
 
     def __init__(
@@ -63,37 +83,35 @@ class PciDevice:
         self.msix = msix
         self.maskable = maskable
         self.owner: Domain | None = None
+        self.enabled = False
         self.msix_reserved = 0  # PHYSDEVOP_prepare_msix holds the table
-        self.descs: dict[int, MsiDesc] = {}
+        self.messages = [Message(masked=msix) for _ in range(vectors)]
+        self.descs: list[MsiDesc] = []
         self.sent = 0
         self.held = 0
         hypervisor.irqs.bus[sbdf] = self
 
     def raise_msi(self, entry: int = 0) -> bool:
         """The device writes message `entry`. False: it is not enabled, or masked at the device, so nothing is sent."""
-        desc = self.descs.get(entry)
-        if desc is None:
+        if not self.enabled or not 0 <= entry < self.vectors:
             return False
-        if desc.maskable and desc.masked:
-            if not desc.pending:
-                desc.pending = True
+        message = self.messages[entry]
+        if message.masked:
+            if not message.pending:
+                message.pending = True
                 self.held += 1
             return False
-        self._send(desc)
+        self._send(message)
         return True
 
-    def _send(self, desc: MsiDesc) -> None:
+    def _send(self, message: Message) -> None:
         self.sent += 1
-        self.hypervisor.irqs.apics.request(desc.dest, desc.vector)
+        self.hypervisor.irqs.apics.request(message.dest, message.vector)
 
-    def set_mask(self, desc: MsiDesc, host: bool, guest: bool) -> None:
-        """msi_set_mask_bit; what waits goes out at unmask."""
-        if not desc.maskable:
-            return
-        desc.host_masked, desc.guest_masked = host, guest
-        if desc.pending and not desc.masked:
-            desc.pending = False
-            self._send(desc)
+    def send_pending(self, message: Message) -> None:
+        if message.pending and self.enabled and not message.masked:
+            message.pending = False
+            self._send(message)
 
 
 class MaskableHandler(IrqHandler):
@@ -105,18 +123,18 @@ class MaskableHandler(IrqHandler):
     def _mask(self, desc: IrqDesc, host: bool) -> None:
         msi = desc.msi_desc
         assert msi is not None
-        msi.device.set_mask(msi, host, msi.guest_masked)
+        msi.set_mask(host, msi.guest_masked)
 
     def startup(self, desc: IrqDesc) -> None:
         """A guest's stays masked until its port is set up (guest_unmask_msi)."""
         msi = desc.msi_desc
         assert msi is not None
-        msi.device.set_mask(msi, False, bool(desc.status & IRQ_GUEST))
+        msi.set_mask(False, bool(desc.status & IRQ_GUEST))
 
     def shutdown(self, desc: IrqDesc) -> None:
         msi = desc.msi_desc
         if msi is not None:
-            msi.device.set_mask(msi, True, True)
+            msi.set_mask(True, True)
 
     def enable(self, desc: IrqDesc) -> None:
         self._mask(desc, False)
@@ -132,8 +150,7 @@ class MaskableHandler(IrqHandler):
         """set_msi_affinity"""
         dest = self.irqs.set_desc_affinity(desc, cpus)
         if dest and desc.msi_desc is not None:
-            desc.msi_desc.dest = dest
-            desc.msi_desc.vector = desc.vector
+            desc.msi_desc.write(dest, desc.vector)
 
 
 class NonmaskableHandler(MaskableHandler):
@@ -171,34 +188,34 @@ class MsiInfo:
 def pci_enable_msi(irqs: Irqs, info: MsiInfo, irq: int) -> list[MsiDesc]:
     """Take a device's message, or its first `entry_nr` MSIs, for `irq` (pci_enable_msi); their descriptors.
 
-    Raises ENODEV (no such device or capability), EINVAL (entry), EEXIST (entry is in use); ENFILE for more MSIs than
-    it has, with that number in `info.entry_nr`.
+    Raises ENODEV (no such device or capability), EINVAL (entry); ENFILE for more MSIs than it has, with that number in
+    `info.entry_nr`. A message that is mapped already is mapped once more.
     """
     device = irqs.pci.get(info.sbdf)
-    wanted = bool(info.table_base)
-    if device is None or not device.vectors or device.msix != wanted:
+    msix = bool(info.table_base)
+    if device is None or not device.vectors or device.msix != msix:
         raise XenError(Errno.ENODEV, f"no such messages of device {info.sbdf:#x}")
-    if wanted:
-        if info.entry_nr >= device.vectors:
+    if msix:
+        if not 0 <= info.entry_nr < device.vectors:
             raise XenError(Errno.EINVAL, f"device {info.sbdf:#x} has no message {info.entry_nr}")
-        if info.entry_nr in device.descs:
-            raise XenError(Errno.EEXIST, f"message {info.entry_nr} of device {info.sbdf:#x} is in use")
         descs = [MsiDesc(device, info.entry_nr, irq, 1)]
     else:
         if info.entry_nr > device.vectors:
             info.entry_nr = device.vectors
             raise XenError(Errno.ENFILE, f"device {info.sbdf:#x} has {device.vectors} messages")
-        if device.descs:
-            raise XenError(Errno.EEXIST, f"the messages of device {info.sbdf:#x} are in use")
         descs = [MsiDesc(device, i, irq, info.entry_nr if i == 0 else 0) for i in range(info.entry_nr)]
-    device.descs.update((desc.entry_nr, desc) for desc in descs)
+    device.descs += descs
     return descs
 
 
 def pci_disable_msi(descs: list[MsiDesc]) -> None:
-    """The device raises these no more."""
+    """These mappings end; the device raises the messages no more (pci_disable_msi)."""
     for desc in descs:
-        desc.device.descs.pop(desc.entry_nr, None)
+        device = desc.device
+        device.descs.remove(desc)
+        desc.message.masked = desc.maskable
+        if not device.msix or not device.descs:
+            device.enabled = False
 
 
 def setup_msi_irq(irqs: Irqs, desc: IrqDesc, msi: MsiDesc) -> None:
@@ -206,15 +223,15 @@ def setup_msi_irq(irqs: Irqs, desc: IrqDesc, msi: MsiDesc) -> None:
     desc.msi_desc = msi
     desc.handler = irqs.msi_maskable if msi.maskable else irqs.msi_nonmaskable
     msi.irq = desc.irq
-    msi.vector = desc.vector
-    msi.dest = desc.cpu_mask
+    msi.write(desc.cpu_mask, desc.vector)
+    msi.device.enabled = True
 
 
 def guest_unmask_msi(desc: IrqDesc) -> None:
     """The guest has bound it (arch_evtchn_bind_pirq)."""
     msi = desc.msi_desc
     if msi is not None:
-        msi.device.set_mask(msi, msi.host_masked, False)
+        msi.set_mask(msi.host_masked, False)
 
 
 # -- the devices that Xen knows of -------------------------------------------------------------------------------------
@@ -240,7 +257,7 @@ def pci_remove_device(hypervisor: Hypervisor, sbdf: int) -> None:
     device = irqs.pci.pop(sbdf, None)
     if device is None:
         raise XenError(Errno.ENODEV, f"no device {name(sbdf)}")
-    for msi in list(device.descs.values()):
+    for msi in list(device.descs):
         pci_disable_msi([msi])
         if irqs.desc(msi.irq).handler is not NO_IRQ_TYPE:
             irqs.destroy(msi.irq)
