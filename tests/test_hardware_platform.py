@@ -17,6 +17,7 @@ from pvirq.abi.errno import XenError
 from pvirq.abi.event_channel import EVTCHNSTAT_interdomain, EVTCHNSTAT_ipi, EVTCHNSTAT_pirq, EVTCHNSTAT_virq
 from pvirq.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from pvirq.hardware.device import HardwareError
+from pvirq.hardware.disk import BlockDriver
 from pvirq.hardware.i8042 import I8042Driver
 from pvirq.hardware.nic import NicDriver
 from pvirq.hardware.platform import MACHINES, TYPES, build, declare, device_help
@@ -212,26 +213,29 @@ def bare() -> Iterator[Rig]:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "key", "message"),
     [
-        ({"type": "rtc", "gsi": 24}, "gsi 24: expected 0 to 23, an input of the I/O APIC"),
-        ({"type": "rtc", "gsi": -1}, "gsi -1: expected 0 to 23"),
-        ({"type": "nic", "slot": "1f.2"}, "slot '1f.2' of nic: expected bus:device.function"),
-        ({"type": "nic", "slot": "00:01.0"}, "slot 00:01.0 of nic is taken by first"),
-        ({"type": "nic", "bits_per_s": 0}, "latency_ns, itr_ns, watchdog_ns: expected 0 or more; bits_per_s"),
-        ({"type": "ata_piix", "size_mib": -2}, "size_mib -2: expected a number above 0, or -1"),
-        ({"type": "ata_piix", "size_mib": 1, "file": "/no/such/disk"}, "/no/such/disk: No such file"),
-        ({"type": "ata_piix", "file": "/no/such/disk"}, "/no/such/disk: No such file or directory; a disk of a new"),
-        ({"type": "ata_piix", "file": "/dev/null"}, "a disk of 0 bytes: expected a multiple of 512"),
-        ({"type": "virtio-blk", "queues": 65}, "queues 65: expected 0 to 64"),
-        ({"type": "rtc", "name": "first"}, "name 'first' is taken by another device"),
+        ({"type": "rtc", "gsi": 24}, "gsi", "gsi 24: expected 0 to 23, an input of the I/O APIC"),
+        ({"type": "rtc", "gsi": -1}, "gsi", "gsi -1: expected 0 to 23"),
+        ({"type": "hda", "gsi": -2}, "gsi", "gsi -2: expected 0 to 23"),
+        ({"type": "i8042", "aux_gsi": 99}, "aux_gsi", "gsi 99: expected 0 to 23"),
+        ({"type": "nic", "slot": "1f.2"}, "slot", "slot '1f.2' of nic: expected bus:device.function"),
+        ({"type": "nic", "slot": "00:01.0"}, "slot", "slot 00:01.0 of nic is taken by first"),
+        ({"type": "nic", "bits_per_s": 0}, "bits_per_s", "bits_per_s 0: expected 1 or more"),
+        ({"type": "ata_piix", "seek_ns": -1}, "seek_ns", "seek_ns -1: expected 0 or more"),
+        ({"type": "ata_piix", "size_mib": -2}, "size_mib", "size_mib -2: expected a number above 0, or -1"),
+        ({"type": "ata_piix", "size_mib": 1, "file": "/no/such/disk"}, "file", "/no/such/disk: No such file"),
+        ({"type": "ahci", "file": "/no/disk"}, "file", "/no/disk: No such file or directory; a disk of a new file"),
+        ({"type": "ahci", "file": "/dev/null"}, "file", "a disk of 0 bytes: expected a multiple of 512"),
+        ({"type": "virtio-blk", "queues": 65}, "queues", "queues 65: expected 0 to 64"),
+        ({"type": "rtc", "name": "first"}, "name", "name 'first' is taken by another device"),
     ],
 )
-def test_a_table_that_cant_be(bare: Rig, row: dict[str, object], message: str) -> None:
+def test_a_table_that_cant_be(bare: Rig, row: dict[str, object], key: str, message: str) -> None:
     with pytest.raises(HardwareError) as error:
         build([{"type": "nic", "name": "first"}, row], bare.kernel)
     assert str(error.value).startswith(message)
-    assert error.value.device == 1
+    assert (error.value.device, error.value.key) == (1, key)
     assert not bare.rows().get(8)
     assert not bare.hypervisor.irqs.bus
 
@@ -271,8 +275,10 @@ def test_devices_by_kind(bare: Rig) -> None:
     platform = build([{"type": "nic", "name": "a"}, {"type": "nic", "name": "b"}, {"type": "i8042"}], bare.kernel)
     assert [nic.name for nic in platform.all(NicDriver)] == ["a", "b"]
     assert platform.device("i8042", I8042Driver) is platform["i8042"]
-    with pytest.raises(HardwareError, match="no e1000 device 'i8042': expected one of a, b"):
+    with pytest.raises(HardwareError, match="no such device 'i8042': expected one of a, b"):
         platform.device("i8042", NicDriver)
+    with pytest.raises(HardwareError, match="no such device 'sda': expected none: it has none"):
+        platform.device("sda", BlockDriver)
 
 
 def test_help_tells_of_every_type() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, Driver, Interrupt, Message
+from pvirq.hardware.device import Board, Driver, Interrupt
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 from pvirq.linux.pvops import Pvops
@@ -91,11 +91,11 @@ class Ahci:
 
 
 class AhciDriver(BlockDriver):
-    """The controller's driver. `gsi` None: by MSI."""
+    """The controller's driver. `gsi` -1: by MSI."""
 
     module = "ahci"
 
-    def __init__(self, board: Board, name: str, hba: Ahci, pci: PciDevice, gsi: int | None, row: str) -> None:
+    def __init__(self, board: Board, name: str, hba: Ahci, pci: PciDevice, gsi: int, row: str) -> None:
         super().__init__(board, name, hba.medium, SLOTS)
         self.hba = hba
         self.pci = pci
@@ -105,10 +105,7 @@ class AhciDriver(BlockDriver):
 
     def probe(self) -> None:
         self._reset()
-        if self._gsi is None:
-            irq = self.enable_msi(self.pci)[0]
-        else:
-            irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
+        irq = self.pci_irq(self.pci, self._gsi)
         self.request_irq(irq, self._interrupt, IRQF_SHARED, self._row)
         self.kernel.queue_work(lambda: self._identify(IDENTIFY_COMMANDS))
 
@@ -163,6 +160,5 @@ class AhciDeclaration(DiskDeclaration):
 
     def make(self, board: Board) -> AhciDriver:
         pci = board.pci(self.name, self.slot)
-        gsi = None if self.gsi < 0 else self.gsi
-        interrupt = Message(pci) if gsi is None else board.pin(gsi)
-        return AhciDriver(board, self.name, Ahci(board, interrupt, self.medium(board)), pci, gsi, self.row)
+        interrupt = board.interrupt(pci, self.gsi)
+        return AhciDriver(board, self.name, Ahci(board, interrupt, self.medium(board)), pci, self.gsi, self.row)

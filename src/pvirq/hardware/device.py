@@ -28,11 +28,14 @@ MS: Final = 1_000_000
 class HardwareError(ValueError):
     """A machine's table says something that can't be; the message tells what was expected.
 
-    `device` is its place in the table, `key` the parameter that is wrong ("" where it is none in particular).
+    `device` is its place in the table, -1 where it is none; `key` the parameter that is wrong, "" where it is none in
+    particular.
     """
 
-    device: int = -1
-    key: str = ""
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+        self.device = -1
 
 
 class Interrupt(Protocol):
@@ -82,12 +85,16 @@ class Board:
         self.clock = kernel.clock
         self._slots: dict[int, str] = {}  # what this board has plugged in
 
-    def pin(self, gsi: int) -> Pin:
-        """A new pin on an I/O APIC input. HardwareError where there is no such input."""
+    def pin(self, gsi: int, key: str = "gsi") -> Pin:
+        """A new pin on an I/O APIC input. HardwareError where there is no such input; `key` is who says so."""
         lines = self.hypervisor.ioapic.lines
         if not 0 <= gsi < len(lines):
-            raise HardwareError(f"gsi {gsi}: expected 0 to {len(lines) - 1}, an input of the I/O APIC")
+            raise HardwareError(f"gsi {gsi}: expected 0 to {len(lines) - 1}, an input of the I/O APIC", key)
         return Pin(lines[gsi])
+
+    def interrupt(self, pci: PciDevice, gsi: int) -> Interrupt:
+        """How a PCI device interrupts: by its pin on that input, or, at -1, by its one MSI."""
+        return Message(pci) if gsi == -1 else self.pin(gsi)
 
     def pci(self, name: str, slot: str = "", *, vectors: int = 1, msix: bool = False) -> PciDevice:
         """Plug in a PCI function: at `slot`, as "00:1f.2", or in the next device of bus 0 without anything.
@@ -98,7 +105,7 @@ class Board:
         if slot:
             match = re.fullmatch(r"([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", slot)
             if match is None:
-                raise HardwareError(f"slot {slot!r} of {name}: expected bus:device.function, for example '00:1f.2'")
+                raise HardwareError(f"slot {slot!r} of {name}: expected bus:device.function, as '00:1f.2'", "slot")
             bdf = int(match[1], 16) << 8 | int(match[2], 16) << 3 | int(match[3])
         else:
             taken = {at >> 3 for at in bus}
@@ -106,7 +113,7 @@ class Board:
             if bdf < 0:
                 raise HardwareError(f"no slot of bus 0 is free for {name}: give it one, for example slot = '01:00.0'")
         if bdf in bus:
-            raise HardwareError(f"slot {slot} of {name} is taken by {self._slots.get(bdf, 'another device')}")
+            raise HardwareError(f"slot {slot} of {name} is taken by {self._slots.get(bdf, 'another device')}", "slot")
         self._slots[bdf] = name
         return PciDevice(self.hypervisor, bdf, vectors=vectors, msix=msix)
 
@@ -181,6 +188,13 @@ class Driver(ABC):
         self.kernel.irq.request_irq(irq, handler, flags, row, dev_id)
         self._irqs.append((irq, dev_id))
 
+    def pci_irq(self, pci: PciDevice, gsi: int) -> int:
+        """The IRQ of a PCI device that interrupts as `Board.interrupt` says. IrqError, XenError."""
+        if gsi == -1:
+            return self.enable_msi(pci)[0]
+        irq: int = self.kernel.events.register_gsi(gsi, level=True, active_low=True)
+        return irq
+
     def enable_msi(self, pci: PciDevice, count: int = 1) -> list[int]:
         irqs: list[int] = self.kernel.events.enable_msi(pci, count, msix=pci.msix)
         self._msi.append(pci)
@@ -202,6 +216,12 @@ class Declaration(ABC):
     @abstractmethod
     def make(self, board: Board) -> Driver:
         """Build the device and its driver. HardwareError where a value can't be."""
+
+    def at_least(self, **least: int) -> None:
+        """HardwareError where one of these parameters is less than that."""
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise HardwareError(f"{key} {getattr(self, key)}: expected {value} or more", key)
 
 
 @dataclass

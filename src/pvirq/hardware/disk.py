@@ -63,7 +63,9 @@ class Medium:
     def __init__(self, board: Board, size: int, timing: Timing, path: str = "") -> None:
         """`size` in bytes. With `path` the data is a file's, which is made, or grows, to that size."""
         if size < SECTOR or size % SECTOR:
-            raise HardwareError(f"a disk of {size} bytes: expected a multiple of {SECTOR}")
+            raise HardwareError(
+                f"a disk of {size} bytes: expected a multiple of {SECTOR}", "file" if path else "size_mib"
+            )
         self.clock = board.clock
         self.sectors = size // SECTOR
         self.timing = timing
@@ -74,16 +76,15 @@ class Medium:
             try:
                 self._data = _map_file(Path(path), size)
             except OSError as error:
-                raise HardwareError(f"{path}: {error.strerror}") from error
+                raise HardwareError(f"{path}: {error.strerror}", "file") from error
         else:
             # Only pages that were written take memory.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
             try:
                 self._data = mmap.mmap(-1, size, flags=flags)
             except OSError as error:
-                raise HardwareError(
-                    f"a disk of {size} bytes: {error.strerror}; with a file it needs no memory"
-                ) from error
+                message = f"a disk of {size} bytes: {error.strerror}; with a file it needs no memory"
+                raise HardwareError(message, "size_mib") from error
 
     def take_turn(self, sector: int, count: int) -> int:
         """The moment, in ns, at which a command given now will be done; 0 sectors: just the fixed part."""
@@ -118,7 +119,7 @@ def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size // SECTOR * SECTOR
     except OSError as error:
-        raise HardwareError(f"{path}: {error.strerror}; a disk of a new file needs its size_mib") from error
+        raise HardwareError(f"{path}: {error.strerror}; a disk of a new file needs its size_mib", "file") from error
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
@@ -141,9 +142,8 @@ class DiskDeclaration(Declaration):
 
     def medium(self, board: Board) -> Medium:
         if self.size_mib < -1 or not self.size_mib:
-            raise HardwareError(f"size_mib {self.size_mib}: expected a number above 0, or -1")
-        if self.command_ns < 0 or self.seek_ns < 0 or self.bytes_per_s <= 0:
-            raise HardwareError("command_ns and seek_ns: expected 0 or more; bytes_per_s: expected more than 0")
+            raise HardwareError(f"size_mib {self.size_mib}: expected a number above 0, or -1", "size_mib")
+        self.at_least(command_ns=0, seek_ns=0, bytes_per_s=1)
         size = self.size_mib * MIB
         if self.size_mib < 0:
             size = _size_of(Path(self.file)) if self.file else DEFAULT_SIZE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, Interrupt, Message
+from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, Interrupt
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 from pvirq.linux.pvops import Pvops
 from pvirq.xen.msi import PciDevice
@@ -59,9 +59,7 @@ class HdaDriver(Driver):
     module = "snd_hda_intel"
     uses = {"period": "play one period of 10 ms"}
 
-    def __init__(
-        self, board: Board, name: str, controller: HdaController, pci: PciDevice, gsi: int | None, row: str
-    ) -> None:
+    def __init__(self, board: Board, name: str, controller: HdaController, pci: PciDevice, gsi: int, row: str) -> None:
         super().__init__(board, name)
         self.pci = pci
         self.controller = controller
@@ -71,11 +69,8 @@ class HdaDriver(Driver):
         self.on_period: Callable[[], None] = lambda: None
 
     def probe(self) -> None:
-        if self._gsi is None:
-            irq = self.enable_msi(self.pci)[0]
-        else:
-            irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
-        self.request_irq(irq, self._interrupt, 0 if self._gsi is None else IRQF_SHARED, self._row)
+        irq = self.pci_irq(self.pci, self._gsi)
+        self.request_irq(irq, self._interrupt, 0 if self._gsi == -1 else IRQF_SHARED, self._row)
 
     def remove(self) -> None:
         self.play(0)
@@ -114,7 +109,6 @@ class HdaDeclaration(Declaration):
 
     def make(self, board: Board) -> HdaDriver:
         pci = board.pci(self.name, self.slot)
-        gsi = None if self.gsi < 0 else self.gsi
-        interrupt = Message(pci) if gsi is None else board.pin(gsi)
+        interrupt = board.interrupt(pci, self.gsi)
         row = "snd_hda_intel:card0" if isinstance(board.kernel.events, Pvops) else "HDA Intel"
-        return HdaDriver(board, self.name, HdaController(board, interrupt), pci, gsi, self.row or row)
+        return HdaDriver(board, self.name, HdaController(board, interrupt), pci, self.gsi, self.row or row)

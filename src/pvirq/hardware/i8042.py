@@ -48,7 +48,7 @@ class I8042:
 
     def __init__(self, board: Board, kbd_gsi: int, aux_gsi: int, devices: tuple[Ps2Device | None, Ps2Device | None]):
         self.devices = devices
-        self._pins = board.pin(kbd_gsi), board.pin(aux_gsi)
+        self._pins = board.pin(kbd_gsi, "kbd_gsi"), board.pin(aux_gsi, "aux_gsi")
         self._ctr = CTR_KBDDIS | CTR_AUXDIS
         self._data = 0
         self._status = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import US, Board, Declaration, Deferred, Driver, HardwareError, Interrupt, Message
+from pvirq.hardware.device import US, Board, Declaration, Deferred, Driver, Interrupt
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
 from pvirq.xen.msi import PciDevice
 from pvirq.xen.timer import NS_PER_S
@@ -194,7 +194,7 @@ class NicDriver(Driver):
         name: str,
         card: E1000,
         pci: PciDevice,
-        gsi: int | None,
+        gsi: int,
         row: str,
         bridge: str,
         watchdog_ns: int,
@@ -217,13 +217,10 @@ class NicDriver(Driver):
 
     def probe(self) -> None:
         """Probed and brought up (e1000_open): receive buffers, the interrupt, and one for the link's state."""
-        if self._gsi is None:
-            irq = self.enable_msi(self.pci)[0]
-        else:
-            irq = self.kernel.events.register_gsi(self._gsi, level=True, active_low=True)
+        irq = self.pci_irq(self.pci, self._gsi)
         self.card.write_imc(0xFFFFFFFF)
         self.card.read_icr()
-        self.request_irq(irq, self._interrupt, 0 if self._gsi is None else IRQF_SHARED, self._row)
+        self.request_irq(irq, self._interrupt, 0 if self._gsi == -1 else IRQF_SHARED, self._row)
         self.card.write_rdt(RING - 1)
         self.card.write_ims(CAUSES)
         self.card.set_link(True)
@@ -326,10 +323,8 @@ class NicDeclaration(Declaration):
     driver: ClassVar[type[Driver]] = NicDriver
 
     def make(self, board: Board) -> NicDriver:
-        if min(self.latency_ns, self.itr_ns, self.watchdog_ns) < 0 or self.bits_per_s <= 0:
-            raise HardwareError("latency_ns, itr_ns, watchdog_ns: expected 0 or more; bits_per_s: expected more than 0")
+        self.at_least(latency_ns=0, itr_ns=0, watchdog_ns=0, bits_per_s=1)
         pci = board.pci(self.name, self.slot)
-        gsi = None if self.gsi < 0 else self.gsi
-        interrupt = Message(pci) if gsi is None else board.pin(gsi)
+        interrupt = board.interrupt(pci, self.gsi)
         card = E1000(board, interrupt, Wire(board, self.latency_ns, self.bits_per_s), self.itr_ns)
-        return NicDriver(board, self.name, card, pci, gsi, self.row or self.name, self.bridge, self.watchdog_ns)
+        return NicDriver(board, self.name, card, pci, self.gsi, self.row or self.name, self.bridge, self.watchdog_ns)

@@ -93,9 +93,9 @@ def declare(row: Mapping[str, object]) -> Declaration:
     known = ", ".join(TYPES)
     kind = row.get("type")
     if kind is None:
-        raise _error("type", f"no type: expected one of {known}")
+        raise HardwareError(f"no type: expected one of {known}", "type")
     if not isinstance(kind, str) or kind not in TYPES:
-        raise _error("type", f"unknown device type {kind!r}: expected one of {known}")
+        raise HardwareError(f"unknown device type {kind!r}: expected one of {known}", "type")
     declaration = TYPES[kind]
     parameters = {key: value for key, value in row.items() if key != "type"}
     parameters.setdefault("name", kind)
@@ -103,21 +103,15 @@ def declare(row: Mapping[str, object]) -> Declaration:
     names = [field.name for field in fields(declaration)]
     for key, value in parameters.items():
         if key not in names:
-            raise _error(key, f"unknown parameter {key!r} of {kind}: expected one of {', '.join(names)}")
+            raise HardwareError(f"unknown parameter {key!r} of {kind}: expected one of {', '.join(names)}", key)
         if type(value) is not hints[key]:
-            raise _error(key, f"{key} of {kind} is {value!r}: expected {_KINDS[hints[key]]}")
+            raise HardwareError(f"{key} of {kind} is {value!r}: expected {_KINDS[hints[key]]}", key)
     if not parameters["name"]:
-        raise _error("name", "name: expected a text that is not empty")
+        raise HardwareError("name: expected a text that is not empty", "name")
     return declaration(**parameters)  # type: ignore[arg-type]
 
 
 _KINDS: Final = {int: "a whole number", str: "a text", bool: "true or false"}
-
-
-def _error(key: str, message: str) -> HardwareError:
-    error = HardwareError(message)
-    error.key = key
-    return error
 
 
 def device_help() -> list[DeviceHelp]:
@@ -167,7 +161,7 @@ class Platform:
         if not isinstance(driver, kind):
             there = ", ".join(name for name, each in self.devices.items() if isinstance(each, kind))
             raise HardwareError(
-                f"no {kind.module} device {name!r}: expected one of {there or 'them, and there is none'}"
+                f"no such device {name!r}: expected {f'one of {there}' if there else 'none: it has none'}"
             )
         return driver
 
@@ -198,7 +192,7 @@ def build(machine: str | DeviceTable, kernel: Kernel[Any]) -> Platform:
             declaration = declare(row)
             name = declaration.name
             if name in drivers:
-                raise _error("name", f"name {name!r} is taken by another device: expected one of its own")
+                raise HardwareError(f"name {name!r} is taken by another device: expected one of its own", "name")
             drivers[name] = declaration.make(board)
         except HardwareError as error:
             board.unplug_all()

@@ -145,7 +145,7 @@ class VirtioBlkDeclaration(DiskDeclaration):
 
     def make(self, board: Board) -> VirtioBlkDriver:
         if not 0 <= self.queues <= 64:
-            raise HardwareError(f"queues {self.queues}: expected 0 to 64")
+            raise HardwareError(f"queues {self.queues}: expected 0 to 64", "queues")
         queues = self.queues or len(board.kernel.domain.vcpus)
         pci = board.pci(self.name, self.slot, vectors=1 + queues, msix=True)
         return VirtioBlkDriver(board, self.name, VirtioBlk(board, pci, self.medium(board), queues))
