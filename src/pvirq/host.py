@@ -293,8 +293,9 @@ class Host:
             woken, self._woken = self._woken, {}
             kernels = self._kernels
             for vcpu in woken:
-                if vcpu.runnable:
-                    kernels[vcpu.domain.domid].run(vcpu)
+                domain = vcpu.domain
+                if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
+                    kernels[domain.domid].run(vcpu)
             return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:

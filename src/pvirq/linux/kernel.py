@@ -75,7 +75,7 @@ class Kernel(Generic[P]):
         self.events: P = personality(self)
         self.irq: GenericIrq = self.events.irq
         self._mem = domain.machine.mem
-        self._upcall = self.events.upcall
+        self._upcalls: list[Callable[[], object] | None] = [None] * len(domain.vcpus)
 
     # Time.
 
@@ -150,14 +150,16 @@ class Kernel(Generic[P]):
         work = self._cpus[cpu].work
         mask = pending + VCPU_INFO_UPCALL_MASK
         mem = self._mem
-        upcall = self._upcall
+        upcall = self._upcalls[cpu]
+        if upcall is None:
+            upcall = self._upcalls[cpu] = self.events.upcall_entry(cpu)
         before = self.cpu, self._running
         self.cpu, self._running = cpu, True
         try:
             while True:
                 if mem[pending]:
                     mem[mask] = 1  # as Xen does when it makes the upcall's frame
-                    upcall(cpu)
+                    upcall()
                 elif work:
                     mem[mask] = 0
                     work.popleft()()

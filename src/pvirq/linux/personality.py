@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class Personality(ABC):
     @abstractmethod
     def upcall(self, cpu: int) -> None:
         """Handle every pending port of this CPU; upcalls are masked."""
+
+    def upcall_entry(self, cpu: int) -> Callable[[], object]:
+        """The same for one CPU, which is known beforehand: what the kernel calls. Made when the CPU first runs."""
+        return partial(self.upcall, cpu)
 
     @abstractmethod
     def send_ipi(self, cpu: int, ipi: Ipi) -> None:

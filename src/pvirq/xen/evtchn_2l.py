@@ -45,7 +45,16 @@ class TwoLevel:
             return
         mem[self._pending + at] = pending | bit
         if not mem[self._mask + at] & bit:
-            self._select(vcpu, port)
+            # As `_select` and mark_events_pending, without their calls: nothing is called more often than this.
+            word, info = port >> self._word_shift, vcpu.info
+            at, bit = info + self._sel + (word >> 3), 1 << (word & 7)
+            selected = mem[at]
+            if not selected & bit:
+                mem[at] = selected | bit
+                flag = mem[info]
+                if not flag & 1:
+                    mem[info] = flag | 1
+                    vcpu.kick()
         if self._domain.pollers:
             check_pollers(self._domain, port)
 
