@@ -193,7 +193,7 @@ def test_rows() -> None:
     assert irq_row(layer, desc) == ""
     desc.kstat[:] = [1, 0xFFFFFFFF, 77, 1 << 32 | 5]  # they wrap as the kernel's unsigned int
     counts = "  5:          1 4294967295          5"
-    assert irq_row(layer, desc) == f"{counts}      None    \n"
+    assert irq_row(layer, desc) == f"{counts}      none    \n"
     layer.set_chip_and_handler_name(desc, chip, layer.handle_edge_irq, "event")
     assert irq_row(layer, desc) == f"{counts}   xen-dyn    -event   \n"
     for name in ("one", "two"):

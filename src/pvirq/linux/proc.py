@@ -79,11 +79,11 @@ def header(irqs: IrqLayer) -> str:
 
 def irq_row(irqs: IrqLayer, desc: IrqDesc) -> str:
     """One line's row; empty where nobody uses it and it never fired (show_interrupts)."""
-    counts = [desc.kstat[cpu] for cpu in online_cpus(irqs)]
+    counts = [desc.kstat[cpu] & 0xFFFFFFFF for cpu in online_cpus(irqs)]
     if not desc.actions and not any(counts):
         return ""
     width = irq_width(irqs.nr_irqs)
-    row = f"{desc.irq:{width}d}: {_counts(counts)} {desc.chip.name if desc.chip else 'None':>8} {'':{width}}"
+    row = f"{desc.irq:{width}d}: {_counts(counts)} {desc.chip.name if desc.chip else 'none':>8} {'':{width}}"
     if desc.name:
         row += f"-{desc.name:<8}"
     if desc.actions:
@@ -106,5 +106,5 @@ def x86_rows(irqs: IrqLayer, stats: list[IrqStat], *, mce: bool, err: int = 0, m
             for label, name, text in table
         )
 
-    errors = f"{'ERR':>{width}}: {err:10d}\n{'MIS':>{width}}: {mis:10d}\n"
+    errors = f"{'ERR':>{width}}: {err & 0xFFFFFFFF:10d}\n{'MIS':>{width}}: {mis & 0xFFFFFFFF:10d}\n"
     return rows(X86_ROWS) + (rows(X86_MCE_ROWS) if mce else "") + errors + rows(X86_KVM_ROWS)
