@@ -11,11 +11,15 @@ from pvirq.linux.irq import (
     IRQ_HANDLED,
     IRQ_NONE,
     IRQF_COND_SUSPEND,
+    IRQF_EARLY_RESUME,
+    IRQF_FORCE_RESUME,
     IRQF_NO_AUTOEN,
     IRQF_NO_SUSPEND,
+    IRQF_NOBALANCING,
     IRQF_ONESHOT,
     IRQF_PERCPU,
     IRQF_SHARED,
+    IRQS_PENDING,
     IRQS_SPURIOUS_DISABLED,
     MAX_IRQS,
     IrqChip,
@@ -23,6 +27,20 @@ from pvirq.linux.irq import (
     IrqError,
     IrqLayer,
     IrqReturn,
+)
+from pvirq.linux.irq_pm import resume_irqs, suspend_device_irqs
+from pvirq.linux.irqdesc import (
+    IRQ_DISABLE_UNLAZY,
+    IRQ_LEVEL,
+    IRQ_NO_BALANCING,
+    IRQ_NOAUTOEN,
+    IRQ_NOPROBE,
+    IRQ_NOREQUEST,
+    IRQ_PER_CPU,
+    IRQ_TYPE_EDGE_FALLING,
+    IRQ_TYPE_EDGE_RISING,
+    IRQ_TYPE_LEVEL_HIGH,
+    IRQ_TYPE_LEVEL_LOW,
 )
 
 
@@ -329,6 +347,170 @@ def test_affinity() -> None:
     line.layer.migrate_off(1)
     assert (moves, line.desc.affinity) == ([1, 2, 1], 1)
     assert errno_of(lambda: Line().layer.set_affinity(24, 1)) == Errno.EIO
+
+
+def test_default_affinity_places_what_starts() -> None:
+    moves: list[int] = []
+
+    def set_affinity(desc: IrqDesc, mask: int) -> bool:
+        moves.append(mask)
+        return True
+
+    line = Line(irq_set_affinity=set_affinity)
+    line.layer.set_default_affinity(2)
+    assert errno_of(lambda: line.layer.set_default_affinity(4)) == Errno.EINVAL
+    line.request()
+    assert (moves, line.desc.affinity, line.desc.affinity_set) == ([2], 2, False)
+    assert line.layer.alloc_desc().affinity == 2
+
+
+def test_affinity_hint() -> None:
+    moves: list[int] = []
+
+    def set_affinity(desc: IrqDesc, mask: int) -> bool:
+        moves.append(mask)
+        return True
+
+    line = Line(irq_set_affinity=set_affinity)
+    line.request()
+    line.layer.set_affinity_hint(24, 2)
+    assert (line.desc.affinity_hint, moves[-1], line.desc.affinity_set) == (2, 2, True)
+    line.layer.set_affinity_hint(24, None)
+    assert (line.desc.affinity_hint, len(moves)) == (None, 2)
+    line.layer.set_affinity_hint(24, 1)
+    line.layer.free_irq(24)
+    assert line.desc.affinity_hint is None
+    assert errno_of(lambda: line.layer.set_affinity_hint(99, 1)) == Errno.EINVAL
+    fixed = Line()
+    fixed.layer.set_affinity_hint(24, 2)
+    assert (fixed.desc.affinity_hint, fixed.desc.affinity) == (2, 3)
+
+
+# Settings and trigger types.
+
+
+def test_settings_forbid() -> None:
+    line = Line()
+    line.layer.modify_status(24, set=IRQ_NOREQUEST)
+    assert errno_of(line.request) == Errno.EINVAL
+    line.layer.modify_status(24, clear=IRQ_NOREQUEST, set=IRQ_NOAUTOEN | IRQ_NO_BALANCING | IRQ_PER_CPU | IRQ_LEVEL)
+    line.request()
+    assert (line.diary, line.desc.depth) == ([], 1)
+    assert line.desc.no_balancing
+    assert line.desc.per_cpu
+    assert line.desc.level
+    line.layer.enable_irq(24)
+    assert line.diary == ["unmask"]
+    assert line.desc.status & IRQ_NOPROBE  # a line that was enabled is somebody's
+
+
+def test_flags_of_the_first_request_become_settings() -> None:
+    line = Line()
+    line.request(flags=IRQF_PERCPU | IRQF_NOBALANCING)
+    assert line.desc.status == IRQ_PER_CPU | IRQ_NO_BALANCING
+
+
+def test_disable_at_once_instead_of_lazily() -> None:
+    line = Line()
+    line.layer.modify_status(24, set=IRQ_DISABLE_UNLAZY)
+    line.request()
+    line.layer.disable_irq(24)
+    assert line.diary == ["unmask", "mask"]
+    line.layer.free_irq(24)
+    assert not line.desc.status & IRQ_DISABLE_UNLAZY
+
+
+def test_trigger_types() -> None:
+    def set_type(desc: IrqDesc, kind: int) -> None:
+        if kind == IRQ_TYPE_EDGE_FALLING:
+            raise IrqError(Errno.EINVAL, "not that")
+        line.diary.append(f"type {kind}")
+
+    line: Line = Line(irq_set_type=set_type)
+    line.layer.set_irq_type(24, IRQ_TYPE_LEVEL_LOW)
+    assert (line.desc.trigger, line.desc.level, line.desc.status) == (IRQ_TYPE_LEVEL_LOW, True, IRQ_LEVEL)
+    assert errno_of(lambda: line.layer.set_irq_type(24, IRQ_TYPE_EDGE_FALLING)) == Errno.EINVAL
+    assert line.log == ["genirq: Setting trigger mode 2 for irq 24 failed (test)"]
+    assert line.desc.trigger == IRQ_TYPE_LEVEL_LOW
+    line.layer.set_irq_type(24, IRQ_TYPE_EDGE_RISING)
+    assert (line.desc.level, line.desc.status) == (False, 0)
+    assert errno_of(lambda: line.request(flags=IRQ_TYPE_EDGE_FALLING)) == Errno.EINVAL
+    assert not line.desc.actions
+    line.request(flags=IRQF_SHARED | IRQ_TYPE_LEVEL_HIGH, dev_id="a")
+    assert line.diary == ["type 8", "type 1", "type 4", "unmask"]
+    # Who says nothing takes what there is; who wants something else can't have it.
+    line.request(flags=IRQF_SHARED, dev_id="b")
+    assert line.desc.actions[1].flags == IRQF_SHARED | IRQ_TYPE_LEVEL_HIGH
+    assert errno_of(lambda: line.request(flags=IRQF_SHARED | IRQ_TYPE_LEVEL_LOW, dev_id="c")) == Errno.EBUSY
+    plain = Line()
+    plain.layer.set_irq_type(24, IRQ_TYPE_LEVEL_LOW)  # a chip without the choice, as Xen's
+    assert plain.desc.trigger is None
+
+
+def test_a_level_is_not_replayed() -> None:
+    """It comes again by itself; an edge that came while the line was disabled would not."""
+    line: Line = Line(irq_eoi=lambda desc: line.diary.append("eoi"))
+    line.layer.set_chip_and_handler_name(line.desc, line.chip, line.layer.handle_fasteoi_irq, "level")
+    calls = line.request()
+    for level, diary in ((False, ["mask", "eoi", "unmask", "retrigger"]), (True, ["mask", "eoi", "unmask"])):
+        line.diary.clear()
+        line.layer.modify_status(24, clear=IRQ_LEVEL, set=IRQ_LEVEL if level else 0)
+        line.layer.disable_irq(24)
+        line.fire()
+        line.layer.enable_irq(24)
+        assert line.diary == diary
+        assert not line.desc.istate & IRQS_PENDING
+        line.fire()  # the replay, or what the device raises again
+    assert len(calls) == 2
+
+
+# Suspend and resume.
+
+
+def test_lines_are_closed_over_suspend() -> None:
+    line: Line = Line(irq_disable=lambda desc: line.diary.append("disable"))
+    calls = line.request()
+    suspend_device_irqs(line.layer)
+    suspended = line.desc.depth, line.desc.disabled
+    resume_irqs(line.layer, early=True)
+    assert (suspended, line.desc.depth, line.desc.disabled) == ((1, True), 1, True)
+    line.layer.enable_irq(24)  # a driver's, at the wrong moment
+    assert line.log == ["Unbalanced enable for IRQ 24"]
+    resume_irqs(line.layer, early=False)
+    assert (line.diary, line.desc.depth, line.desc.disabled) == (["unmask", "disable", "unmask"], 0, False)
+    line.fire()
+    assert calls == [24]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_line_that_stays_open_is_opened_anew(disabled: bool) -> None:
+    """Its chip has forgotten that it was. One that its driver has disabled remains so."""
+    line: Line = Line(irq_disable=lambda desc: line.diary.append("disable"))
+    line.request(flags=IRQF_NO_SUSPEND | IRQF_FORCE_RESUME | IRQF_EARLY_RESUME)
+    if disabled:
+        line.layer.disable_irq(24)
+    line.diary.clear()
+    suspend_device_irqs(line.layer)
+    assert line.diary == []
+    resume_irqs(line.layer, early=True)
+    assert line.diary == ([] if disabled else ["unmask"])
+    assert (line.desc.depth, line.desc.disabled) == (int(disabled), disabled)
+
+
+def test_a_disabled_line_is_still_so_after_resume() -> None:
+    line = Line()
+    line.request()
+    line.layer.disable_irq(24)
+    suspend_device_irqs(line.layer)
+    resume_irqs(line.layer, early=False)
+    assert (line.desc.depth, line.desc.disabled) == (1, True)
+
+
+def test_ranges_of_numbers() -> None:
+    layer = Line().layer  # 24 is taken
+    layer.alloc_desc(26)
+    layer.alloc_desc(29)
+    assert [layer.alloc_range(count) for count in (1, 2, 3)] == [25, 27, 30]
 
 
 @given(st.lists(st.sampled_from(["disable", "enable", "fire"]), max_size=40))

@@ -357,6 +357,57 @@ def test_spurious_events_are_slowed_down(pair: tuple[Kernel[Pvops], Kernel[Pvops
     assert len(times) == dev.spurious_events
 
 
+def test_the_threshold_is_a_file(hypervisor: Hypervisor) -> None:
+    """xenbus/ of a device: the counts are there to read, the threshold to write, as C writes numbers."""
+    dev = XenbusDevice(1, event_channels=2, events=7, spurious_events=3, jiffies_eoi_delayed=11)
+    names = ("event_channels", "events", "jiffies_eoi_delayed", "spurious_events", "spurious_threshold")
+    assert [dev.show(name) for name in names] == ["2\n", "7\n", "11\n", "3\n", "1\n"]
+    for text, value in (("5\n", 5), ("0x10", 16), ("010", 8), ("0", 0), ("+3", 3), ("4294967295", 0xFFFFFFFF)):
+        dev.store("spurious_threshold", text)
+        assert dev.spurious_threshold == value
+    for name, text, errno in (
+        ("spurious_threshold", "-1", Errno.EINVAL),
+        ("spurious_threshold", "", Errno.EINVAL),
+        ("spurious_threshold", "5 ", Errno.EINVAL),
+        ("spurious_threshold", "1_0", Errno.EINVAL),
+        ("spurious_threshold", "0x", Errno.EINVAL),
+        ("spurious_threshold", "09", Errno.EINVAL),
+        ("spurious_threshold", "4294967296", Errno.ERANGE),
+        ("events", "0", Errno.EACCES),
+        ("nothing", "0", Errno.ENOENT),
+    ):
+        with pytest.raises(IrqError) as error:
+            dev.store(name, text)
+        assert error.value.errno == errno
+    with pytest.raises(IrqError):
+        dev.show("nothing")
+    assert dev.spurious_threshold == 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 2])
+def test_rising_delays(hypervisor: Hypervisor, threshold: int) -> None:
+    """Without honest events between: 1, 2, 4 ... jiffies, a second at most. 0 counts as 1."""
+    kernel = dom0(hypervisor)
+    other = hypervisor.create_domain()
+    events = kernel.events
+    dev = XenbusDevice(1, spurious_threshold=threshold)
+    port = evtchn.alloc_unbound(other, DOMID_SELF, 0)
+    irq = events.bind_interdomain_evtchn_to_irqhandler_lateeoi(dev, port, ignore, 0, "x")
+    info = events.info(irq)
+    delays = []
+    for _ in range(14):
+        run(kernel)
+        before = dev.jiffies_eoi_delayed
+        events.xen_irq_lateeoi(irq, XEN_EOI_FLAG_SPURIOUS)
+        delays.append(dev.jiffies_eoi_delayed - before)
+        sleep_until(kernel.now() + (delays[-1] + 1) * JIFFY, kernel)
+        info.spurious_cnt = min(len(delays), 10)  # the delayed EOI ended the row: go on as if it hadn't
+        evtchn.send(other, port)
+    free = max(threshold, 1)
+    # The count itself ends at 10, where 2 ** count reaches four seconds.
+    assert delays == [0] * free + [min(1 << min(i, 9 - free), HZ) for i in range(14 - free)]
+
+
 def test_an_honest_event_ends_the_throttling(pair: tuple[Kernel[Pvops], Kernel[Pvops]]) -> None:
     kernel, other = pair
     port = evtchn.alloc_unbound(other.domain, DOMID_SELF, 0)
@@ -404,6 +455,34 @@ def test_a_long_loop_defers_its_eois(hypervisor: Hypervisor) -> None:
     hypervisor.clock.fire_due()
     run(kernel)
     assert dev.events == 1 + 2 * 768
+
+
+def test_parameters_of_the_loop(hypervisor: Hypervisor) -> None:
+    """xen.event_loop_timeout and xen.event_eoi_delay: after how long EOIs are deferred, and for how long."""
+    domain = hypervisor.create_domain(0, privileged=True)
+    kernel = Kernel(domain, partial(Pvops, event_loop_timeout=5, event_eoi_delay=3))
+    kernel.boot()
+    other = hypervisor.create_domain()
+    events = kernel.events
+    port = evtchn.alloc_unbound(other, DOMID_SELF, 0)
+    dev = XenbusDevice(1)
+
+    def storm(irq: int, dev_id: object) -> IrqReturn:
+        hypervisor.clock.jump_to(hypervisor.clock.now() + 20_000)
+        events.xen_irq_lateeoi(irq)
+        evtchn.send(other, port)
+        return IRQ_HANDLED
+
+    irq = events.bind_interdomain_evtchn_to_irqhandler_lateeoi(dev, port, storm, 0, "x")
+    run(kernel)
+    # The first look, at event 256, sets the limit, 20 ms on; 1,000 events later comes the look at 1280.
+    assert dev.events == 1280
+    assert events.info(irq).eoi_time == kernel.jiffies() + 3
+    events.event_loop_timeout = 1
+    events.lateeoi.event_eoi_delay = 100
+    sleep_until(kernel.jiffies_to_ns(events.info(irq).eoi_time), kernel)
+    assert dev.events == 1280 + 512
+    assert events.info(irq).eoi_time == kernel.jiffies() + 100
 
 
 def test_delayed_eois_survive_their_cpu(hypervisor: Hypervisor) -> None:
