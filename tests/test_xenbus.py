@@ -154,9 +154,12 @@ def test_removed_while_running(host: Host, guest: Guest) -> None:
 def test_the_whole_directory_goes_with_its_domain(host: Host, guest: Guest) -> None:
     host.finish(host.xenbus.start_backends({"toy": Toy}))
     add(host)
-    host.store.rm(BACK)
+    add(host, 1)
+    assert [name for name in host.xenbus.backends.devices if "toy" in name] == ["backend/toy/1/0", "backend/toy/1/1"]
+    host.store.rm("/local/domain/0/backend/toy/1")
     host.run()
-    assert "backend/toy/1/0" not in host.xenbus.backends.devices
+    assert not [name for name in host.xenbus.backends.devices if "toy" in name]
+    assert [toy.seen[-1] for toy in Toy.made] == ["remove", "remove"]
 
 
 def test_no_other_end(host: Host, guest: Guest) -> None:

@@ -16,6 +16,7 @@ from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.grants import Gnttab
 from pvirq.drivers.pages import Pages
 from pvirq.drivers.xs import Xs, XsWatch
+from pvirq.linux.irq import IrqError
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.xen.timer import NS_PER_S
@@ -84,7 +85,11 @@ class Device:
             return
         xs, path = self.xs, self.path("state")
         while True:
-            tx = yield from xs.transaction_start()
+            try:
+                tx = yield from xs.transaction_start()
+            except XenError as error:
+                yield from self.error(error, "starting transaction")
+                return
             try:
                 yield from xs.read_int(path, tx=tx)
             except XenError:
@@ -124,7 +129,7 @@ class Device:
 
     def error(self, error: Exception, what: str) -> Body[None]:
         """Log, and leave it in the store under error/ (xenbus_dev_error)."""
-        errno = error.errno if isinstance(error, XenError) else Errno.EINVAL
+        errno = error.errno if isinstance(error, (XenError, IrqError)) else Errno.EINVAL
         text = f"{-errno} {what}"
         self.kernel.printk(f"{self.kind} {self.ident}: {text}{f' ({error})' if str(error) else ''}")
         try:
@@ -145,7 +150,7 @@ class Device:
             yield from self._talk_to_otherend()
             driver = self.driver = factory(self)
             yield from driver.probe()
-        except XenError as error:
+        except (XenError, IrqError) as error:
             yield from self._free_otherend()
             self.driver = None
             yield from self.error(error, f"xenbus_dev_probe on {self.nodename}")
@@ -193,7 +198,7 @@ class Device:
             return
         try:
             yield from driver.otherend_changed(state)
-        except XenError as error:
+        except (XenError, IrqError) as error:
             yield from self.fatal(error, "reacting to the other end")
 
 
@@ -263,15 +268,15 @@ class Bus:
     def _changed(self, path: str) -> Body[None]:
         """Something changed below the root (xenbus_dev_changed)."""
         parts = path.split("/")
-        if len(parts) < self.levels + 1:
+        if len(parts) < 3:
             return
-        nodename = "/".join(parts[: self.levels + 1])
-        if not (yield from self.xenbus.xs.exists(nodename)):
-            dev = self.devices.pop(nodename, None)
-            if dev is not None:
-                yield from dev.unbind()
-        elif nodename not in self.devices:
-            yield from self._probe_node(nodename)
+        if not (yield from self.xenbus.xs.exists(path)):
+            for nodename in [name for name in self.devices if f"{name}/".startswith(f"{path}/")]:
+                yield from self.devices.pop(nodename).unbind()
+        elif len(parts) > self.levels:
+            nodename = "/".join(parts[: self.levels + 1])
+            if nodename not in self.devices:
+                yield from self._probe_node(nodename)
 
     def _probe_node(self, nodename: str) -> Body[None]:
         """A device, if it is new; one that is going away after Closed is not (xenbus_probe_node)."""

@@ -192,6 +192,8 @@ class Xenstored:
                     del self._ready_rings[ring]
                     if ring.turn():
                         self._ready_rings[ring] = None
+                    else:  # whatever has made it ready meanwhile is done
+                        self._ready_rings.pop(ring, None)
                 else:
                     client = next(iter(self._ready_clients))
                     del self._ready_clients[client]
