@@ -199,6 +199,9 @@ def snapshot(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
                                 break
                         if l1i != start_l1i or not first:
                             l1 &= ~(1 << l1i)
+                        elif l1 == 1 << l1i:  # no other word: its second part is next, without going round
+                            first = False
+                            continue
                         l1i = l1i + 1 & last
                         first = False
                 finally:
