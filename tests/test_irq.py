@@ -86,7 +86,8 @@ def test_local_apic_order() -> None:
     """Highest first; the same class waits for the EOI; requests merge; none is taken while they are off."""
     taken: list[int] = []
     eois: list[int] = []
-    apics = LocalApics(1, lambda apic, vector: taken.append(vector), eois.append)
+    apics = LocalApics(1, lambda apic, vector: taken.append(vector))
+    apics.on_eoi = eois.append
     apic: LocalApic = apics.cpus[0]
     apics.disable()
     for vector in (0x41, 0x52, 0x48, 0x41):
@@ -110,7 +111,7 @@ def test_local_apic_order() -> None:
 
 def test_destination_is_the_first_cpu() -> None:
     taken: list[tuple[int, int]] = []
-    apics = LocalApics(4, lambda apic, vector: taken.append((apic.cpu, vector)), lambda vector: None)
+    apics = LocalApics(4, lambda apic, vector: taken.append((apic.cpu, vector)))
     apics.request(0b1100, 0x40)
     apics.request(0b1000, 0x40)
     assert taken == [(2, 0x40), (3, 0x40)]

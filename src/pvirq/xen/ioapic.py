@@ -62,11 +62,11 @@ class Line:
     def assert_(self, source: object) -> None:
         """`source`, a device, wants service. Again while it does already: nothing new."""
         sources = self._sources
-        if any(each is source for each in sources):
-            return
-        sources.append(source)
-        if len(sources) == 1:
+        if not sources:
+            sources.append(source)
             self._rise()
+        elif not any(each is source for each in sources):
+            sources.append(source)
 
     def deassert(self, source: object) -> None:
         """`source` has been served."""
@@ -187,7 +187,7 @@ class IoApic:
         self._awaiting: list[RouteEntry] = []  # those with `irr`
         self._pins: dict[int, int] = {}  # irq -> pin (irq_2_pin)
         self._programmed: set[int] = set()
-        irqs.on_eoi = self._eoi
+        irqs.apics.on_eoi = self._eoi
         self._setup()
 
     def _setup(self) -> None:

@@ -126,8 +126,7 @@ class Irqs:
         self.descs = [IrqDesc(irq, self.all_cpus) for irq in range(NR_IRQS_GSI)]
         self.log: list[str] = []
         self.max_guests = 32  # irq-max-guests=
-        self.apics = LocalApics(cpus, self._do_irq, self._eoi)
-        self.on_eoi: Callable[[int], None] = lambda vector: None
+        self.apics = LocalApics(cpus, self._do_irq)
         self._vector_irq: list[IrqDesc | None] = [None] * 256
         self._current_vector = FIRST_DYNAMIC_VECTOR
         self._current_offset = 0
@@ -264,9 +263,6 @@ class Irqs:
         desc.handler.startup(desc)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
-
-    def _eoi(self, vector: int) -> None:
-        self.on_eoi(vector)
 
     def _do_irq(self, apic: LocalApic, vector: int) -> None:
         """A CPU takes an interrupt (do_IRQ)."""

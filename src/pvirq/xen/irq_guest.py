@@ -135,15 +135,18 @@ def acktype(desc: IrqDesc) -> int:
 
 def set_eoi_ready(irqs: Irqs, action: GuestAction) -> None:
     """On each CPU that took it the EOI may be made now; it is, once those of higher vectors have been."""
-    apics = irqs.apics
-    cpus, action.eoi_cpus = action.eoi_cpus, 0
-    if action.in_flight:
-        action.eoi_cpus = cpus
+    cpus = action.eoi_cpus
+    if action.in_flight or not cpus:
         return
+    action.eoi_cpus = 0
+    apics, irq = irqs.apics, action.desc.irq
     apics.disable()
     for apic in apics.cpus:
         if cpus >> apic.cpu & 1:
-            entry = next(entry for entry in reversed(apic.pending_eoi) if entry[0] == action.desc.irq)
+            stack = apic.pending_eoi
+            entry = stack[-1]
+            if entry[0] != irq:
+                entry = next(entry for entry in reversed(stack) if entry[0] == irq)
             entry[2] = 1
             flush_ready_eoi(irqs, apic)
     apics.enable()

@@ -26,30 +26,44 @@ class LocalApic:
 
 
 class LocalApics:
-    """All CPUs' local APICs. `handler(apic, vector)` is called for each interrupt that a CPU takes."""
+    """All CPUs' local APICs. `handler(apic, vector)` is called for each interrupt that a CPU takes.
 
-    def __init__(self, cpus: int, handler: Callable[[LocalApic, int], None], eoi: Callable[[int], None]) -> None:
-        """`eoi(vector)` is called for each EOI, which the I/O APIC hears of."""
+    `on_eoi(vector)` is called for each EOI: the I/O APIC hears of them. `merged` counts requests of a vector that was
+    requested already; they make one interrupt.
+    """
+
+    def __init__(self, cpus: int, handler: Callable[[LocalApic, int], None]) -> None:
         self.cpus = [LocalApic(cpu) for cpu in range(cpus)]
+        self.on_eoi: Callable[[int], None] = lambda vector: None
+        self.merged = 0
         self._handler = handler
-        self._eoi = eoi
         self._off = 0
-        self.merged = 0  # requests of a vector that was requested already: they make one interrupt
+        self._waiting = False  # there may be one in an IRR
 
     def request(self, destinations: int, vector: int) -> None:
         """Deliver `vector` to the first CPU of bitmap `destinations`."""
         apic = self.cpus[(destinations & -destinations).bit_length() - 1]
-        if vector in apic.irr:
-            self.merged += 1
+        irr, isr = apic.irr, apic.isr
+        if self._off or irr or (isr and vector >> 4 <= isr[-1] >> 4):
+            self.merged += vector in irr
+            irr.add(vector)
+            self._waiting = True
+            if not self._off:
+                self._take_all()
             return
-        apic.irr.add(vector)
-        if not self._off:
+        self._off = 1
+        isr.append(vector)
+        try:
+            self._handler(apic, vector)
+        finally:
+            self._off = 0
+        if self._waiting:
             self._take_all()
 
     def eoi(self, apic: LocalApic) -> None:
         """The end of the highest interrupt in service (ack_APIC_irq)."""
-        self._eoi(apic.isr.pop())
-        if not self._off:
+        self.on_eoi(apic.isr.pop())
+        if self._waiting and not self._off:
             self._take_all()
 
     def disable(self) -> None:
@@ -58,7 +72,7 @@ class LocalApics:
 
     def enable(self) -> None:
         self._off -= 1
-        if not self._off:
+        if self._waiting and not self._off:
             self._take_all()
 
     def _take_all(self) -> None:
@@ -77,5 +91,6 @@ class LocalApics:
                         isr.append(vector)
                         self._handler(apic, vector)
                         more = True
+            self._waiting = any(apic.irr for apic in self.cpus)
         finally:
             self._off -= 1

@@ -136,7 +136,7 @@ class DomainPirqs:
     def eoi(self, pirq: int) -> None:
         """The guest has served it (PHYSDEVOP_eoi): nothing where it owes no EOI. EINVAL for an unknown number."""
         info = self._info.get(pirq)
-        if info is None or pirq >= self.nr_pirqs:
+        if info is None:
             raise XenError(Errno.EINVAL, f"{self._domain} has no pirq {pirq}")
         if self.auto_unmask and info.evtchn:
             evtchn = self._domain.evtchn
