@@ -508,6 +508,17 @@ def test_lines_move_too(hardware: Setup) -> None:
     assert hardware.counts(18) == [2, 2]
 
 
+def test_unhandled_interrupts_of_a_line_that_two_domains_have(hardware: Setup) -> None:
+    hardware.events.register_gsi(18, level=True, active_low=True)
+    hardware.irqs.request_irq(18, handled, IRQF_SHARED, "device", "dev")
+    assert not hardware.events.irq_ignore_unhandled(18)
+    physdev.map_pirq(hardware.domain, 7, MAP_PIRQ_TYPE_GSI, 18, 18)
+    pirq.irq_permission(hardware.domain, hardware.peer, 18, True)
+    evtchn.bind_pirq(hardware.peer, 18, 1)
+    assert hardware.events.irq_ignore_unhandled(18)
+    assert not hardware.events.irq_ignore_unhandled(hardware.events.nr_pirqs)
+
+
 def test_a_pirq_that_is_taken_already(hardware: Setup) -> None:
     """Xen gives it to nobody twice: the request succeeds, the line is silent, the log tells."""
     hardware.events.register_gsi(18, level=True, active_low=True)
@@ -604,7 +615,14 @@ def test_resume_binds_virqs_and_ipis_again() -> None:
     device = it.device()
     irq = it.events.irq_from_evtchn(device)
     names = rows(it)
+    ticked: list[int] = []
+    it.kernel.set_timer(5, lambda: ticked.append(it.kernel.cpu), 1)
+    it.events.suspend()
     it.events.resume(resumed(it))
+    it.kernel.clock.jump_to(5)
+    it.kernel.clock.fire_due()
+    it.run()
+    assert ticked == [1]
     assert rows(it) == names
     assert it.events.evtchn_from_irq(irq) == 0  # its driver has to connect anew
     it.events.notify_remote_via_irq(irq)
@@ -619,6 +637,10 @@ def test_resume_binds_virqs_and_ipis_again() -> None:
     it.run()
     assert rang
     it.close()
+
+
+def test_domain_0_is_not_suspended(hardware: Setup) -> None:
+    fails(Errno.ENODEV, hardware.events.suspend)
 
 
 # Anything in any order.

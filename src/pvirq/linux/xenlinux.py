@@ -268,6 +268,11 @@ class XenLinux(XenLinuxPorts):
         self.console_irq = self.bind_caller_port_to_irqhandler(self.console_port, self._console_interrupt, 0, "xencons")
         self.notify_remote_via_irq(self.console_irq)
 
+    def suspend(self) -> None:
+        """The domain is about to be saved; `resume` is of each revision. IrqError(ENODEV): domain 0 stays."""
+        if self.initial:
+            raise IrqError(Errno.ENODEV, "the initial domain can't be suspended")
+
     def _xenbus_interrupt(self, irq: int, dev_id: object) -> IrqReturn:
         self.kernel.queue_work(self._xenbus_work)
         return IRQ_HANDLED

@@ -222,6 +222,7 @@ class XenLinux2618(XenLinuxPirq):
         self.irq_resume()
         self.init_xenbus()
         self.init_xencons_ring()
+        self.kernel.resume_timers()
 
     # What userland sees.
 

@@ -287,6 +287,7 @@ class XenLinuxSuse(XenLinuxPercpu):
         if self.evtchn_resume():
             self.init_xenbus()
             self.init_xencons_ring()
+        self.kernel.resume_timers()
 
     # What userland sees.
 
