@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import evtchn
+from benchmarks import evtchn, model
 from pvirq import Guest, Host
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
@@ -76,6 +76,13 @@ TARGETS = {
     "evtchn.handled_10000_ports.fifo.per_s": Target("/s", 0),
     "evtchn.handled_in_bulk.fifo.per_s": Target("/s", 0),
     "evtchn.handled_in_bulk.2l.per_s": Target("/s", 0),
+    # Modelled domains (benchmarks/model.py).
+    "model.build_1000_guests.s": Target("s", 2, most=5),
+    "model.connect_1000_guests.s": Target("s", 2),
+    "model.1000_guests.mib": Target("MiB", 0, most=1024),
+    "model.events_100x4.2.6.18.per_s": Target("/s", 0, least=200_000),
+    "model.events_100x4.suse.per_s": Target("/s", 0, least=200_000),
+    "model.events_100x4.pvops.per_s": Target("/s", 0, least=200_000),
 }
 
 
@@ -189,6 +196,8 @@ def collect(runs: int, wanted: set[str]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     if any(name.startswith("evtchn.") for name in wanted):
         repeat(min(runs, 3), evtchn.run, found)
+    if any(name.startswith("model.") for name in wanted):
+        repeat(min(runs, 3), model.run_apart, found)
     with tempfile.TemporaryDirectory() as scratch:
         files: dict[str, bytes] = {}
         if shutil.which("gcc"):
