@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pvirq.abi.xen import DOMID_SELF
+from pvirq.abi.xen import DOMID_SELF, SHARED_INFO_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL, VCPU_INFO_UPCALL_PENDING
 from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
 from pvirq.linux.kernel import Kernel
+from pvirq.linux.personality import StartInfo
 from pvirq.linux.xenlinux import XenLinux
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain, Hypervisor
@@ -82,3 +83,19 @@ class Setup:
 def unbound(domain: Domain, remote: int) -> int:
     """A port of `domain` that `remote` may bind to."""
     return evtchn.alloc_unbound(domain, DOMID_SELF, remote)
+
+
+def start_info(domain: Domain) -> StartInfo:
+    """A guest's, with fresh ports for xenstore and console."""
+    return StartInfo(False, unbound(domain, 0), 0, unbound(domain, 0), 0)
+
+
+def resumed(it: Setup) -> StartInfo:
+    """The domain has new event channels, as after save and restore."""
+    evtchn.reset(it.domain, DOMID_SELF)
+    for vcpu in it.domain.vcpus:
+        it.machine.mem[vcpu.info + VCPU_INFO_UPCALL_PENDING] = 0
+        it.machine.u64[(vcpu.info + VCPU_INFO_PENDING_SEL) // 8] = 0
+    start = it.domain.shared_info + SHARED_INFO_EVTCHN_PENDING
+    it.machine.mem[start : start + 512] = bytes(512)
+    return start_info(it.domain)
