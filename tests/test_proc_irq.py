@@ -16,6 +16,7 @@ from pvirq.abi.xen import DOMID_SELF, VIRQ_DOM_EXC
 from pvirq.linux import proc_irq
 from pvirq.linux.irq import IrqChip, IrqError, IrqLayer
 from pvirq.linux.kernel import Kernel
+from pvirq.linux.personalities import find
 from pvirq.linux.personality import StartInfo
 from pvirq.linux.pvops import Pvops, dom0
 from pvirq.xen import evtchn
@@ -219,6 +220,41 @@ def test_wide_masks() -> None:
     assert proc_irq.read(kernel, "/proc/irq/1/smp_affinity") == "ff,ffffffff\n"
     assert proc_irq.read(kernel, "/proc/irq/1/smp_affinity_list") == "0-39\n"
     assert proc_irq.read(kernel, "/proc/irq/1/effective_affinity") == "00,00000000\n"
+
+
+def older(hypervisor: Hypervisor, name: str, vcpus: int = 2) -> Kernel[Any]:
+    kernel: Kernel[Any] = Kernel(hypervisor.create_domain(0, privileged=True, vcpus=vcpus), find(name))
+    kernel.boot()
+    return kernel
+
+
+def test_2_6_18(hypervisor: Hypervisor) -> None:
+    """Only smp_affinity, in whole groups; a directory for each line there could be."""
+    kernel = older(hypervisor, "2.6.18")
+    names = proc_irq.listdir(kernel, "/proc/irq")
+    assert names[-1] == str(kernel.irq.nr_irqs - 1)
+    timer = next(irq for irq, line in kernel.irq.descs.items() if line.actions and line.actions[0].name == "timer0")
+    assert proc_irq.listdir(kernel, f"/proc/irq/{timer}") == ["smp_affinity", "timer0"]
+    assert proc_irq.read(kernel, f"/proc/irq/{timer}/smp_affinity") == "00000001\n"
+    for path in ("/proc/irq/default_smp_affinity", f"/proc/irq/{timer}/spurious", "/sys/kernel/irq"):
+        assert errno_of(lambda path=path: proc_irq.read(kernel, path)) == Errno.ENOENT
+    path = f"/proc/irq/{kernel.events.bind_listening(0, ignore, 'x', kernel)}/smp_affinity"
+    assert proc_irq.read(kernel, path) == "00000001\n"
+    for text, errno in (("0", Errno.EINVAL), ("x", Errno.EINVAL), ("1,00000000", Errno.EOVERFLOW)):
+        assert errno_of(lambda text=text: proc_irq.write(kernel, path, text)) == errno
+    proc_irq.write(kernel, path, "2")
+
+
+def test_suse(hypervisor: Hypervisor) -> None:
+    kernel = older(hypervisor, "suse")
+    timer = next(irq for irq, line in kernel.irq.descs.items() if line.actions and line.actions[0].name == "timer")
+    assert proc_irq.listdir(kernel, f"/proc/irq/{timer}") == ["smp_affinity", "spurious", "timer"]
+    assert proc_irq.read(kernel, f"/proc/irq/{timer}/spurious") == "count 0\nunhandled 0\nlast_unhandled 0 ms\n"
+    path = "/proc/irq/default_smp_affinity"
+    assert proc_irq.read(kernel, path) == "3\n"
+    proc_irq.write(kernel, path, "1")
+    assert proc_irq.read(kernel, path) == "1\n"
+    assert errno_of(lambda: proc_irq.write(kernel, path, "0")) == Errno.EINVAL
 
 
 def test_a_kernel_without_smp_has_fewer_files(hypervisor: Hypervisor) -> None:

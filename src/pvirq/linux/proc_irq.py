@@ -6,13 +6,14 @@ ENOTDIR, EIO for a file that isn't for writing, and what the kernel says to a va
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno
 from pvirq.linux.cpumask import list_text, mask_text, parse_list, parse_mask
 from pvirq.linux.irq import IrqDesc, IrqError, IrqLayer
+from pvirq.linux.irq26 import IrqLayer26
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import IrqLine
 
@@ -69,7 +70,11 @@ def listdir(kernel: Kernel[Any], path: str) -> list[str]:
     if root == SYS and not style.sysfs:
         raise IrqError(Errno.ENOENT, path)
     if not parts:
-        numbers = [str(irq) for irq, line in sorted(kernel.irq.descs.items()) if root == SYS or _has_chip(line)]
+        layer = kernel.irq
+        lines: Mapping[int, IrqLine] = layer.descs
+        if isinstance(layer, IrqLayer26):  # those that nobody has touched yet are made as they are looked at
+            lines = {irq: each for irq in range(layer.nr_irqs) if (each := layer.irq_to_desc(irq))}
+        numbers = [str(irq) for irq, each in sorted(lines.items()) if root == SYS or _has_chip(each)]
         return numbers + (["default_smp_affinity"] if root == PROC and style.default_affinity else [])
     if parts == ["default_smp_affinity"] and root == PROC and style.default_affinity:
         raise IrqError(Errno.ENOTDIR, path)
@@ -138,8 +143,10 @@ def _split(path: str) -> tuple[str, list[str]]:
 
 
 def _line(kernel: Kernel[Any], root: str, parts: list[str], path: str) -> IrqLine:
-    number = parts[0]
-    line = kernel.irq.descs.get(int(number)) if number.isascii() and number.isdigit() else None
+    number, irqs = parts[0], kernel.irq
+    line: IrqLine | None = None
+    if number.isascii() and number.isdigit():
+        line = irqs.irq_to_desc(int(number)) if isinstance(irqs, IrqLayer26) else irqs.descs.get(int(number))
     if line is None or str(line.irq) != number or (root == PROC and not _has_chip(line)):
         raise IrqError(Errno.ENOENT, path)
     return line
