@@ -156,7 +156,7 @@ def test_suse_by_its_source() -> None:
 def test_suse_shows_counted_lines_without_a_handler() -> None:
     irqs = layer(IrqLayer2632, 1, 200, {20: ("Phys", "level", "", [4]), 21: ("none", "", "", [1])})
     text = interrupts_suse(irqs, [IrqStat()], mce=False, style="source").splitlines()
-    assert text[1:3] == [" 20:          4      Phys-level   ", " 21:          1      none-(null)  "]
+    assert text[1:3] == [" 20:          4      Phys-level   ", " 21:          1      none-<NULL>  "]
 
 
 def test_suse_configurations_and_wide_numbers() -> None:

@@ -90,6 +90,7 @@ def interrupts_suse(
 
 
 def _flow(desc: IrqDesc26, style: Style) -> str:
+    name = desc.name or "<NULL>"  # as these kernels print a string that isn't there
     if style == "writeup":
-        return "  " + f"{desc.chip.name}-{desc.name or '(null)'}".ljust(14)
-    return f" {desc.chip.name:>8}-{desc.name or '(null)':<8}"
+        return "  " + f"{desc.chip.name}-{name}".ljust(14)
+    return f" {desc.chip.name:>8}-{name:<8}"

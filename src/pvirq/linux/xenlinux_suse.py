@@ -71,7 +71,9 @@ class XenLinuxSuse(XenLinuxPercpu):
         """
         initial = start_info.initial if start_info else kernel.domain.privileged
         nr_cpus = len(kernel.domain.vcpus)
-        pirqs = nr_pirqs(NR_GSIS if initial else NR_GSIS_LEGACY, nr_cpus)
+        gsis = NR_GSIS if initial else NR_GSIS_LEGACY
+        pirqs = nr_pirqs(gsis, nr_cpus)
+        kernel.printk(f"nr_irqs_gsi={gsis} nr_pirqs={pirqs}")
         irq = IrqLayer2632(
             nr_cpus,
             pirqs + NR_DYNIRQS,
