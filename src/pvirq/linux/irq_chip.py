@@ -55,8 +55,11 @@ class IrqChips(IrqDescs):
 
     # Line states (chip.c).
 
-    def irq_startup(self, desc: IrqDesc) -> None:
-        """Unmask, then choose the CPU; so an event already pending comes at the CPU before."""
+    def irq_startup(self, desc: IrqDesc, *, resend: bool = True) -> None:
+        """Unmask, then choose the CPU; so an event already pending comes at the CPU before.
+
+        `resend`: replay what came while the line was closed.
+        """
         desc.depth = 0
         if desc.started:
             self._irq_enable(desc)
@@ -69,7 +72,8 @@ class IrqChips(IrqDescs):
                 self._irq_enable(desc)
             desc.started = True
             self._setup_affinity(desc)
-        self._check_resend(desc)
+        if resend:
+            self._check_resend(desc)
 
     def irq_shutdown(self, desc: IrqDesc) -> None:
         """The last handler has gone."""

@@ -31,6 +31,7 @@ IRQ_TYPE_LEVEL_HIGH: Final = 4
 IRQ_TYPE_LEVEL_LOW: Final = 8
 IRQ_TYPE_LEVEL_MASK: Final = IRQ_TYPE_LEVEL_HIGH | IRQ_TYPE_LEVEL_LOW
 IRQ_TYPE_SENSE_MASK: Final = 0x0F
+IRQ_TYPE_PROBE: Final = 0x10
 
 # Settings of a line, desc->status_use_accessors (IRQ_*); changed by `IrqLayer.modify_status`.
 IRQ_LEVEL: Final = 1 << 8
