@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
+
 from pirqlib import bind_line, fails, host, map_line, mask, owes_eoi, pass_time, take
 from pvirq.abi.errno import Errno
 from pvirq.abi.event_channel import EVTCHNSTAT_pirq
@@ -357,3 +360,10 @@ def test_port_that_nobody_waits_for_in_the_old_place() -> None:
     assert physdev.irq_status_query(dom0, 1) == 1
     fails(Errno.EINVAL, physdev.irq_status_query, dom0, -1)
     assert physdev.map_pirq(dom0, DOMID_SELF, MAP_PIRQ_TYPE_GSI, 1) == 1
+
+
+def test_documentation() -> None:
+    page = Path(__file__).parent.parent / "docs" / "api-pirq.md"
+    options = doctest.IGNORE_EXCEPTION_DETAIL | doctest.REPORT_NDIFF
+    failed, tried = doctest.testfile(str(page), module_relative=False, optionflags=options)
+    assert (failed, tried > 20) == (0, True)
