@@ -144,6 +144,10 @@ def test_more_msis_than_there_are() -> None:
     info = MsiInfo(NIC, 8)
     fails(Errno.ENFILE, physdev.map_pirq, dom0, DOMID_SELF, MAP_PIRQ_TYPE_MULTI_MSI, -1, 100, info)
     assert info.entry_nr == 4
+    for count, errno in ((-1, Errno.ENFILE), (0, Errno.EINVAL)):
+        info = MsiInfo(NIC, count)
+        fails(errno, physdev.map_pirq, dom0, DOMID_SELF, MAP_PIRQ_TYPE_MULTI_MSI, -1, 100, info)
+        info.entry_nr = 4
     # One of the numbers is in use: nothing is left of the attempt.
     dom0.pirqs.map_gsi(dom0, 9, 102)
     fails(Errno.EBUSY, physdev.map_pirq, dom0, DOMID_SELF, MAP_PIRQ_TYPE_MULTI_MSI, -1, 100, info)

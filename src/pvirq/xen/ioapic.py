@@ -27,7 +27,7 @@ from pvirq.xen.irq import (
 from pvirq.xen.lapic import LocalApic
 
 if TYPE_CHECKING:
-    from pvirq.xen.domain import Hypervisor
+    from pvirq.xen.domain import Domain, Hypervisor
 
 IOAPIC_BASE: Final = 0xFEC00000
 TIMER_PIN: Final = 2
@@ -288,7 +288,7 @@ class IoApic:
             return self.rtes[pin].high if half else self.rtes[pin].low
         return VERSION | (NR_IRQS_GSI - 1) << 16 if register == 1 else 0
 
-    def guest_write(self, base: int, register: int, value: int) -> None:
+    def guest_write(self, caller: Domain, base: int, register: int, value: int) -> None:
         """Domain 0 sets a pin up; all it can choose is the trigger, the polarity and its pirq (ioapic_guest_write).
 
         Its "vector" is the pirq that the line becomes, unless the entry is masked. The mask bit itself isn't taken: an
@@ -305,7 +305,7 @@ class IoApic:
             raise XenError(Errno.EINVAL, "delivery mode")
         if pin >= NR_IRQS_GSI:
             raise XenError(Errno.EINVAL, f"no pin {pin}")
-        dom0 = self.hypervisor.domains[0]
+        dom0 = self.hypervisor.domains.get(0, caller)
         desc = self.irqs.desc(self.pin_to_irq(pin))
         masked = value >> 16 & 1
         pirq = value & 0xFF
@@ -319,7 +319,7 @@ class IoApic:
             self._pins[desc.irq] = pin
             self.irqs.log.append(f"allocated vector {desc.vector:02x} for irq {desc.irq}")
         if not masked:
-            dom0.pirqs.map(dom0, pirq, desc.irq)
+            dom0.pirqs.map(caller, pirq, desc.irq)
         trigger = value >> 15 & 1
         desc.handler = self.level if trigger else self.edge
         self._write(self.rtes[pin], desc, trigger, value >> 13 & 1, trigger, value >> 17)

@@ -60,7 +60,11 @@ class MsiDesc:
             self.device.send_pending(self.message)
 
     def write(self, dest: int, vector: int) -> None:
-        """Where it goes from now on (write_msi_msg)."""
+        """Where it goes from now on (write_msi_msg).
+
+        Each of several MSIs has a vector of its own here. On hardware they share a register and differ in the low bits of
+        the vector, which Xen doesn't line up without an IOMMU: it refuses them, unless their pirqs are given.
+        """
         self.message.dest = dest
         self.message.vector = vector
 
@@ -200,7 +204,9 @@ def pci_enable_msi(irqs: Irqs, info: MsiInfo, irq: int) -> list[MsiDesc]:
             raise XenError(Errno.EINVAL, f"device {info.sbdf:#x} has no message {info.entry_nr}")
         descs = [MsiDesc(device, info.entry_nr, irq, 1)]
     else:
-        if info.entry_nr > device.vectors:
+        if not info.entry_nr:
+            raise XenError(Errno.EINVAL, "no message at all")  # where Xen 4.17 runs out of its array
+        if not 0 < info.entry_nr <= device.vectors:
             info.entry_nr = device.vectors
             raise XenError(Errno.ENFILE, f"device {info.sbdf:#x} has {device.vectors} messages")
         descs = [MsiDesc(device, i, irq, info.entry_nr if i == 0 else 0) for i in range(info.entry_nr)]

@@ -111,7 +111,7 @@ def apic_read(domain: Domain, base: int, register: int) -> int:
 def apic_write(domain: Domain, base: int, register: int, value: int) -> None:
     """PHYSDEVOP_apic_write: set a pin up, and map its line to the pirq that the vector field names. EPERM, EINVAL."""
     _check_privileged(domain)
-    domain.hypervisor.ioapic.guest_write(base, register, value)
+    domain.hypervisor.ioapic.guest_write(domain, base, register, value)
 
 
 def alloc_irq_vector(domain: Domain, irq: int) -> int:
