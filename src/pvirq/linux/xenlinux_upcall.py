@@ -182,6 +182,8 @@ def snapshot(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
                         if l1i == start_l1i:
                             if first:
                                 l2i = start_l2i
+                                if l1 == 1 << l1i and not l2 >> l2i:  # no other word, nothing behind the middle
+                                    first, l2i = False, 0
                             else:
                                 l2 &= (1 << start_l2i) - 1  # the others were served at the beginning
                         base = l1i << shift
