@@ -163,16 +163,19 @@ class Host:
         """Domain 0's block and network backends, its block devices and bridges. They start with their first use."""
         return Backends(self.dom0, self.daemons.xs, self.store, self.platform)
 
-    def attach_disk(self, guest: ModelledGuest, vdev: str, device: str, *, readonly: bool = False) -> DeviceRef:
+    def attach_disk(self, guest: Guest | ModelledGuest, vdev: str, device: str, *, readonly: bool = False) -> DeviceRef:
         """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda", `device` one of domain 0's.
 
-        It connects as the host runs. XenError(EEXIST), ValueError for a `vdev` that is none.
+        It connects as the host runs; a real guest's kernel needs its frontend driver for that. XenError(EEXIST),
+        ValueError for a `vdev` that is none.
         """
         disk = Disk(vdev, device, readonly)
         self.backends.manager.attach_disk(guest.domain.domid, disk)
         return DeviceRef(guest.domain.domid, "vbd", disk.devid)
 
-    def attach_nic(self, guest: ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0") -> DeviceRef:
+    def attach_nic(
+        self, guest: Guest | ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0"
+    ) -> DeviceRef:
         """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST)."""
         domid = guest.domain.domid
         mac = mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
@@ -194,10 +197,12 @@ class Host:
 
     def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
+        if guest not in self.guests and guest not in self.modelled:
+            return
+        if "backends" in self.__dict__:
+            self.backends.manager.detach_all(guest.domain.domid)
         if isinstance(guest, ModelledGuest):
             self._destroy_modelled(guest)
-            return
-        if guest not in self.guests:
             return
         self.guests.remove(guest)
         guest.release()
@@ -215,11 +220,7 @@ class Host:
             evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
 
     def _destroy_modelled(self, guest: ModelledGuest) -> None:
-        if guest not in self.modelled:
-            return
         self.modelled.remove(guest)
-        if "backends" in self.__dict__:
-            self.backends.manager.detach_all(guest.domain.domid)
         guest.release()
         del self._kernels[guest.domain.domid]
         self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not guest.domain}
