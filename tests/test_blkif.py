@@ -35,6 +35,7 @@ from pvirq.linux.kthread import Body, Kthread
 from pvirq.linux.personality import Personality
 from pvirq.linux.pvops import Pvops
 from pvirq.toolstack.devices import Disk
+from pvirq.xen.timer import NS_PER_S
 
 SECTORS = 4096
 
@@ -528,6 +529,7 @@ def test_backend_dies_and_comes_back(setup: Setup) -> None:
 @pytest.mark.parametrize("word", ["rsp_prod", "id"])
 def test_a_backend_that_lies_breaks_the_disk_only(setup: Setup, word: str) -> None:
     queue = setup.disk.queues[0]
+    free = setup.guest.xenbus.gnttab.free + len(queue.refs) + len(queue._grants)
     words = setup.host.machine.page(queue.mfns[0])[:16].cast("I")
     ring = setup.back().rings[0].ring
     if word == "rsp_prod":
@@ -543,3 +545,28 @@ def test_a_backend_that_lies_breaks_the_disk_only(setup: Setup, word: str) -> No
     with pytest.raises(XenError) as error:
         setup.read(0, 1)
     assert error.value.errno is Errno.EIO
+    setup.host.do(setup.guest.kernel, setup.guest.xenbus.frontends.devices["device/vbd/51712"].unbind())
+    setup.host.pass_time(3 * NS_PER_S)
+    assert setup.guest.xenbus.gnttab.free == free
+
+
+@pytest.mark.parametrize("limit", ["grants", "ports"])
+def test_a_frontend_without_room_for_its_rings(setup: Setup, limit: str) -> None:
+    host = setup.host
+    guest = host.guest(2)
+    gnttab = guest.xenbus.gnttab
+    if limit == "grants":
+        gnttab.alloc(512 * 64 - 8 - 3)  # room for one ring of two pages
+    else:
+        guest.domain.evtchn.max_port = 20
+        with pytest.raises(XenError):
+            while True:
+                guest.domain.evtchnop.alloc_unbound(0)
+    free = gnttab.free
+    host.manager.attach_disk(2, Disk("xvda", "/dev/loop0"))
+    host.run()
+    host.finish(guest.xenbus.start_frontends({"vbd": partial(BlkFront, max_ring_order=1)}))
+    host.run()
+    assert "setting up the ring" in host.store.read_text("/local/domain/2/error/device/vbd/51712/error")
+    assert host.store.read_text("/local/domain/2/device/vbd/51712/state") in ("5", "6")
+    assert gnttab.free == free

@@ -60,24 +60,29 @@ class Queue:
     """One ring with its channel (struct blkfront_ring_info)."""
 
     def __init__(self, front: BlkFront, order: int) -> None:
+        """A ring of 1 << `order` pages (setup_blkring). XenError, IrqError; nothing is left of it then."""
         xenbus = front.dev.xenbus
         self.front = front
         self._gnttab, self._pages, self._machine = xenbus.gnttab, xenbus.pages, xenbus.kernel.domain.machine
         self._backend = front.dev.otherend_id
         self._events = xenbus.kernel.events
-        self.mfns = self._alloc_ring(1 << order)
+        self.mfns: list[int] = []
+        self.refs: list[int] = []
+        try:
+            while len(self.mfns) < 1 << order:
+                self.mfns.append(self._pages.alloc())
+                self.refs.append(self._gnttab.grant_access(self._backend, self.mfns[-1]))
+            self.irq = self._events.bind_listening(self._backend, self._interrupt, "blkif", self)
+        except (XenError, IrqError):
+            self._free_ring()
+            raise
         self.ring = FrontRing(RingPages(self._machine, self.mfns), BLKIF_ENTRY_SIZE)
-        self.refs = [self._gnttab.grant_access(self._backend, mfn) for mfn in self.mfns]
-        self.irq = self._events.bind_listening(self._backend, self._interrupt, "blkif", self)
         self.port = self._events.evtchn_from_irq(self.irq)
         self.broken = False
         self._shadow: dict[int, Request] = {}
         self._free_ids = list(range(self.ring.size - 1, -1, -1))
         self._waiting: deque[Request] = deque()
         self._grants: list[tuple[int, int]] = []  # persistent ones that are not in use
-
-    def _alloc_ring(self, pages: int) -> list[int]:
-        return [self._pages.alloc() for _ in range(pages)]
 
     def submit(self, requests: list[Request]) -> None:
         """Put what fits on the ring and keep the rest; the backend is told once (blkif_queue_rq, flush_requests)."""
@@ -221,29 +226,30 @@ class Queue:
         return IRQ_HANDLED
 
     def _fail_all(self) -> None:
+        """Requests that are under way fail. Their pages are kept till the end: the backend may still write to them."""
         pending = [*self._shadow.values(), *self._waiting]
         self._shadow.clear()
         self._waiting.clear()
         for request in pending:
+            self._grants += request.segments
+            if request.indirect is not None:
+                self._grants.append(request.indirect)
             request.done.fail(XenError(Errno.EIO, f"{self.front.name} is gone"))
 
     def free(self) -> None:
         """Give everything back; requests that are under way fail (blkif_free_ring)."""
         self._events.unbind(self.irq, self)
-        self._fail_all_pages()
         self._fail_all()
-        for ref, mfn in zip(self.refs, self.mfns, strict=True):
-            self._gnttab.end_access(ref, partial(self._pages.free, mfn))
-
-    def _fail_all_pages(self) -> None:
-        grants = list(self._grants)
-        for request in (*self._shadow.values(), *self._waiting):
-            grants += request.segments
-            if request.indirect is not None:
-                grants.append(request.indirect)
-        for ref, mfn in grants:
+        for ref, mfn in self._grants:
             self._gnttab.end_access(ref, partial(self._pages.free, mfn))
         self._grants.clear()
+        self._free_ring()
+
+    def _free_ring(self) -> None:
+        for ref, mfn in zip(self.refs, self.mfns, strict=False):
+            self._gnttab.end_access(ref, partial(self._pages.free, mfn))
+        for mfn in self.mfns[len(self.refs) :]:
+            self._pages.free(mfn)
 
 
 NO_DATA: Final = (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD)

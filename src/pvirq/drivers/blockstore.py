@@ -88,10 +88,6 @@ class BlockDevices:
         """The devices there are."""
         return [name for name, number in self._numbers.items() if number in self._stores]
 
-    def names(self) -> list[str]:
-        """The names of all that are there."""
-        return [name for name, number in self._numbers.items() if number in self._stores]
-
     def number(self, name: str) -> str | None:
         """The number of a device; None where there is none."""
         number = self._numbers.get(name)

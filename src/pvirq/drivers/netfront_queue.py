@@ -110,6 +110,8 @@ class FrontQueue:
         for ref, mfn in zip((self.tx_ref, self.rx_ref), self._ring_mfns, strict=False):
             if ref:
                 gnttab.end_access(ref, partial(free, mfn))
+            else:
+                free(mfn)
         self._tx_slots.clear()
         self._rx_slots.clear()
         self._waiting.clear()
