@@ -89,6 +89,12 @@ class Events2l:
     def mask(self, port: int) -> None:
         self._u64[self._mask + port // BITS] |= 1 << port % BITS
 
+    def mask_and_clear(self, port: int) -> None:
+        """`mask`, then `clear_pending`."""
+        word, bit = port // BITS, 1 << port % BITS
+        self._u64[self._mask + word] |= bit
+        self._u64[self._pending + word] &= ~bit
+
     def is_masked(self, port: int) -> bool:
         return bool(self._u64[self._mask + port // BITS] >> port % BITS & 1)
 

@@ -11,6 +11,7 @@ A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbe
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -380,14 +381,16 @@ class EventsBase:
 
     def notify_remote_via_evtchn(self, port: int) -> None:
         """EVTCHNOP_send, whose errors the kernel ignores."""
-        with contextlib.suppress(XenError):
+        try:  # noqa: SIM105  # a context manager takes as long as the whole rest
             evtchn.send(self.domain, port)
+        except XenError:
+            pass
 
     def notify_remote_via_irq(self, irq: int) -> None:
         """Notify the other end of an IRQ's channel; nothing happens on one that is broken."""
-        port = self.evtchn_from_irq(irq)
-        if port:
-            self.notify_remote_via_evtchn(port)
+        desc = self.irq.descs.get(irq)
+        if desc is not None and isinstance(desc.chip_data, IrqInfo) and desc.chip_data.evtchn:
+            self.notify_remote_via_evtchn(desc.chip_data.evtchn)
 
     def send_ipi(self, cpu: int, ipi: Ipi) -> None:
         self.notify_remote_via_irq(self._ipi_to_irq[cpu][ipi])
@@ -395,18 +398,26 @@ class EventsBase:
     # Receiving.
 
     def upcall(self, cpu: int) -> None:
-        """xen_evtchn_do_upcall: scan until Xen has nothing new for this CPU."""
+        self.upcall_entry(cpu)()
+
+    def upcall_entry(self, cpu: int) -> Callable[[], None]:
+        """xen_evtchn_do_upcall of one CPU: scan until Xen has nothing new for it."""
         mem = self.domain.machine.mem
         pending = self.domain.vcpus[cpu].info + VCPU_INFO_UPCALL_PENDING
-        handle_events, ctrl = self.ops.handle_events, self._loop_ctrl[cpu]
-        ctrl.begin()
-        while True:
-            mem[pending] = 0
-            handle_events(cpu, self._handle_irq_for_port, ctrl)
-            if not mem[pending]:
-                break
-        # Only now: an EOI is deferred only if it comes from inside the loop above.
-        self.lateeoi.irq_epoch[cpu] += 1
+        handle, ctrl, irq_epoch = self._handle_irq_for_port, self._loop_ctrl[cpu], self.lateeoi.irq_epoch
+
+        def upcall() -> None:
+            handle_events = self.ops.handle_events
+            ctrl.begin()
+            while True:
+                mem[pending] = 0
+                handle_events(cpu, handle, ctrl)
+                if not mem[pending]:
+                    break
+            # Only now: an EOI is deferred only if it comes from inside the loop above.
+            irq_epoch[cpu] += 1
+
+        return upcall
 
     def _handle_irq_for_port(self, port: int, ctrl: _LoopCtrl) -> None:
         info = self._evtchn_to_irq.get(port)
@@ -446,7 +457,9 @@ class EventsBase:
             self.ops.unmask(info.evtchn)
 
     def _unmask_lateeoi(self, info: IrqInfo) -> None:
-        self._do_unmask(info, MASK_EOI_PENDING)
+        info.mask_reason &= ~MASK_EOI_PENDING
+        if not info.mask_reason:
+            self.ops.unmask(info.evtchn)
 
     @staticmethod
     def _info_of(desc: IrqDesc) -> IrqInfo | None:
@@ -482,9 +495,13 @@ class EventsBase:
 
         Still active till then: moved to another CPU, it must not be handled there.
         """
-        if info := self._info_of(desc):
-            self._do_mask(info, MASK_EOI_PENDING)
-            self.ops.clear_pending(info.evtchn)
+        info = desc.chip_data
+        if isinstance(info, IrqInfo) and info.evtchn:
+            if info.mask_reason:
+                self.ops.clear_pending(info.evtchn)
+            else:
+                self.ops.mask_and_clear(info.evtchn)
+            info.mask_reason |= MASK_EOI_PENDING
 
     def _retrigger_dynirq(self, desc: IrqDesc) -> bool:
         info = self._info_of(desc)

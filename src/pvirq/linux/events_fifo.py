@@ -129,6 +129,11 @@ class EventsFifo:
     def mask(self, port: int) -> None:
         self._u32[self._word(port)] |= MASKED
 
+    def mask_and_clear(self, port: int) -> None:
+        """`mask`, then `clear_pending`."""
+        at = self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
+        self._u32[at] = self._u32[at] & ~PENDING | MASKED
+
     def is_masked(self, port: int) -> bool:
         return bool(self._u32[self._word(port)] & MASKED)
 

@@ -214,12 +214,25 @@ class IrqChips(IrqDescs):
         desc.kstat[self.cpu()] += 1
         chip.irq_ack(desc)
         while True:
-            if not desc.actions:
+            actions = desc.actions
+            if not actions:
                 self.mask_irq(desc)
                 return
-            if desc.istate & IRQS_PENDING and not desc.disabled:
-                self.unmask_irq(desc)
-            self._handle_irq_event(desc)
+            if desc.istate & IRQS_PENDING:
+                if not desc.disabled:
+                    self.unmask_irq(desc)
+                desc.istate &= ~IRQS_PENDING
+            # As `_handle_irq_event`, without its calls.
+            desc.in_progress = True
+            result = IRQ_NONE
+            try:
+                for action in actions:
+                    if action.handler(desc.irq, action.dev_id):
+                        result = IRQ_HANDLED
+                if result is IRQ_NONE or desc.irqs_unhandled:
+                    self._note_interrupt(desc, result)
+            finally:
+                desc.in_progress = False
             if not desc.istate & IRQS_PENDING or desc.disabled:
                 return
 

@@ -201,6 +201,9 @@ class XenLinux(XenLinuxPorts):
     def upcall(self, cpu: int) -> None:
         self._upcalls[cpu]()
 
+    def upcall_entry(self, cpu: int) -> Callable[[], None]:
+        return self._upcalls[cpu]
+
     def force_evtchn_callback(self) -> None:
         """Events have come while they were masked: take them now, as a hypercall's return does in the kernel."""
         cpu = self.kernel.cpu
