@@ -139,7 +139,7 @@ class EventsFifo:
 
     def unmask(self, port: int) -> None:
         """Clear MASKED in place, or by hypercall where the port is pending, for then Xen must link it."""
-        word = self._word(port)
+        word = self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
         value = self._u32[word]
         if not value & MASKED:
             return

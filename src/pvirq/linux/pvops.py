@@ -16,7 +16,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHN_FIFO_PRIORITY_MAX
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_PCPU_STATE, VIRQ_TIMER
 from pvirq.linux.events_base import EVENT_LOOP_TIMEOUT
-from pvirq.linux.events_info import XEN_EOI_FLAG_SPURIOUS, XenbusDevice
+from pvirq.linux.events_info import IrqInfo, XenbusDevice
 from pvirq.linux.events_lateeoi import EVENT_EOI_DELAY
 from pvirq.linux.events_pirq import NR_IRQS_LEGACY, EventsPirq
 from pvirq.linux.evtchn_dev import EvtchnUser
@@ -311,7 +311,9 @@ class Pvops(EventsPirq, Personality):
         self.unbind_from_irqhandler(irq, dev_id)
 
     def eoi(self, irq: int, spurious: bool = False) -> None:
-        self.xen_irq_lateeoi(irq, XEN_EOI_FLAG_SPURIOUS if spurious else 0)
+        desc = self.irq.descs.get(irq)
+        if desc is not None and isinstance(desc.chip_data, IrqInfo):
+            self.lateeoi.eoi(desc.chip_data, spurious)
 
     # What userland sees.
 

@@ -29,7 +29,7 @@ from pvirq.abi.event_channel import (
 )
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
 from pvirq.xen.memory import PGT_WRITABLE
-from pvirq.xen.sched import check_pollers, mark_events_pending
+from pvirq.xen.sched import check_pollers
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
@@ -55,6 +55,7 @@ class Fifo:
         """`channels` is the domain's own list, which grows: a new array page has to know who is in it."""
         self._domain = domain
         self._channels = channels
+        self._mem = domain.machine.mem
         self._u32 = domain.machine.u32
         self._array: list[int] = []  # pages of event words, as index into u32 of their first word
         self._control: list[int] = [0] * len(domain.vcpus)  # control blocks likewise; 0: none yet
@@ -140,7 +141,11 @@ class Fifo:
                 ready = u32[control]
                 if not ready >> priority & 1:
                     u32[control] = ready | 1 << priority
-                    mark_events_pending(vcpu)
+                    mem, info = self._mem, vcpu.info  # mark_events_pending, without its call
+                    flag = mem[info]
+                    if not flag & 1:
+                        mem[info] = flag | 1
+                        vcpu.kick()
         if self._domain.pollers and not word & PENDING:
             check_pollers(self._domain, port)
 
