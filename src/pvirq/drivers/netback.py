@@ -15,6 +15,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.bridge import Interface, Network
+from pvirq.drivers.netback_ctrl import CtrlRing, Hashing, hash_extra
 from pvirq.drivers.netback_queue import BackQueue
 from pvirq.drivers.skb import Skb, finish, flow_hash
 from pvirq.drivers.xenbus import Device, Driver
@@ -40,6 +41,8 @@ class Vif(Interface):
         super().__init__(name)
         self.back = back
         self.queues: list[BackQueue] = []
+        self.ctrl: CtrlRing | None = None
+        self.hashing = Hashing()
         self.disabled = False
         self.csum = True  # the frontend takes frames without checksum
         self.gso = False  # and TCP segments that are to be cut
@@ -58,11 +61,16 @@ class Vif(Interface):
         if self.multicast_control and data[0] & 1 and data[:6] != b"\xff" * 6 and data[:6] not in self.multicast:
             self.rx_dropped += 1
             return
+        skbs = [skb]
         if (skb.gso_size and not self.gso) or (skb.csum_blank and not self.csum):
-            for frame in finish(skb):
-                queues[flow_hash(frame) % len(queues)].queue_rx(Skb(frame))
-            return
-        (queues[0] if len(queues) == 1 else queues[flow_hash(data) % len(queues)]).queue_rx(skb)
+            skbs = [Skb(frame) for frame in finish(skb)]
+        for one in skbs:
+            if self.hashing.algorithm:
+                found = self.hashing.hash(one.data)
+                queue = queues[self.hashing.queue(found[0] if found else 0, len(queues))]
+                queue.queue_rx(one, hash_extra(*found) if found else b"")
+            else:
+                (queues[0] if len(queues) == 1 else queues[flow_hash(one.data) % len(queues)]).queue_rx(one)
 
 
 class NetBack(Driver):
@@ -91,6 +99,7 @@ class NetBack(Driver):
         if self._modern:
             yield from xs.write(dev.path("feature-split-event-channels"), 1)
             yield from xs.write(dev.path("multi-queue-max-queues"), self._limit())
+            yield from xs.write(dev.path("feature-ctrl-ring"), 1)
             yield from xs.read(dev.path("script"))
         handle = yield from xs.read_int(dev.path("handle"))
         self.vif = Vif(self, f"vif{dev.otherend_id}.{handle}")
@@ -156,6 +165,8 @@ class NetBack(Driver):
             yield from self._read_headroom()
             yield from self._unwatch()
             self._multicast = yield from xs.watch(dev.other("request-multicast-control"), self._multicast_changed)
+        if self._modern and not (yield from self._connect_ctrl(vif)):
+            return False
         for i in range(queues):
             where = dev.otherend if queues == 1 else dev.other(f"queue-{i}")
             if not (yield from self._connect_queue(vif, i, where)):
@@ -176,6 +187,21 @@ class NetBack(Driver):
         wants = yield from self.dev.xs.read_int(self.dev.other("request-multicast-control"), 0)
         if self.vif is not None:
             self.vif.multicast_control = bool(wants)
+
+    def _connect_ctrl(self, vif: Vif) -> Body[bool]:
+        """connect_ctrl_ring; a frontend need not have one."""
+        dev, xs = self.dev, self.dev.xs
+        try:
+            ref = yield from xs.read_int(dev.other("ctrl-ring-ref"))
+        except XenError:
+            return True
+        try:
+            port = yield from xs.read_int(dev.other("event-channel-ctrl"))
+            vif.ctrl = CtrlRing(vif, ref, port)
+        except (XenError, IrqError, GrantError) as error:
+            yield from dev.fatal(error, f"mapping shared-frame {ref} port of the control ring")
+            return False
+        return True
 
     def _connect_queue(self, vif: Vif, index: int, where: str) -> Body[bool]:
         """connect_data_rings."""
@@ -234,6 +260,10 @@ class NetBack(Driver):
             queues, self.vif.queues = self.vif.queues, []
             for queue in queues:
                 queue.free()
+            ctrl, self.vif.ctrl = self.vif.ctrl, None
+            if ctrl is not None:
+                ctrl.free()
+            self.vif.hashing = Hashing()
 
     def remove(self) -> Body[None]:
         """netback_remove."""

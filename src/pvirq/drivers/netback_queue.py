@@ -88,7 +88,7 @@ class BackQueue:
         self._buffer = self._pages.alloc()  # what grants are copied to and from
         self._polling = False
         self._tx_eoi = self._rx_eoi = False
-        self._rx_queue: deque[Skb] = deque()
+        self._rx_queue: deque[tuple[Skb, list[bytes]]] = deque()  # each with what goes behind its first slot
         self._rx_bytes = 0
         self._rx_scheduled = False
         name = f"{vif.name}-q{index}" if self._events.multi_queue else vif.name
@@ -308,12 +308,16 @@ class BackQueue:
 
     # -- to the frontend -----------------------------------------------------------------------------------------------
 
-    def queue_rx(self, skb: Skb) -> None:
-        """xenvif_rx_queue_tail: dropped where too much waits for the frontend's buffers."""
+    def queue_rx(self, skb: Skb, hashed: bytes = b"") -> None:
+        """xenvif_rx_queue_tail: dropped where too much waits for the frontend's buffers. `hashed`: an extra more."""
         if self._rx_bytes > RX_QUEUE_BYTES:
             self.vif.rx_dropped += 1
             return
-        self._rx_queue.append(skb)
+        extras = [hashed] if hashed else []
+        if skb.gso_size:
+            more = XEN_NETIF_EXTRA_FLAG_MORE if hashed else 0
+            extras.insert(0, NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, more, skb.gso_size, skb.gso_type, 0))
+        self._rx_queue.append((skb, extras))
         self._rx_bytes += len(skb.data)
         self._schedule_rx()
 
@@ -322,8 +326,8 @@ class BackQueue:
             self._rx_scheduled = True
             self._kernel.queue_work(self._rx_action)
 
-    def _rx_slots(self, skb: Skb) -> int:
-        return -(-len(skb.data) // (PAGE_SIZE - self.vif.headroom)) + bool(skb.gso_size)
+    def _rx_slots(self, skb: Skb, extras: list[bytes]) -> int:
+        return -(-len(skb.data) // (PAGE_SIZE - self.vif.headroom)) + len(extras)
 
     def _rx_action(self) -> None:
         """The thread vif1.0-q0-guest-rx (xenvif_rx_action)."""
@@ -335,10 +339,10 @@ class BackQueue:
             queue.clear()
             self._rx_bytes = 0
         try:
-            while queue and self.rx.has_requests(self._rx_slots(queue[0])):
-                skb = queue.popleft()
+            while queue and self.rx.has_requests(self._rx_slots(*queue[0])):
+                skb, extras = queue.popleft()
                 self._rx_bytes -= len(skb.data)
-                self._rx_skb(skb)
+                self._rx_skb(skb, extras)
                 sent = True
         except FatalTxError as error:
             self._disable(str(error))
@@ -348,7 +352,7 @@ class BackQueue:
             self._rx_eoi = False
             self._events.eoi(self._rx_irq)
 
-    def _rx_skb(self, skb: Skb) -> None:
+    def _rx_skb(self, skb: Skb, extras: list[bytes]) -> None:
         data, mem, rx, vif = skb.data, self._machine, self.rx, self.vif
         size = len(data)
         flags = 0
@@ -356,7 +360,7 @@ class BackQueue:
             flags = NETRXF_csum_blank | NETRXF_data_validated
         elif skb.data_validated:
             flags = NETRXF_data_validated
-        if skb.gso_size:
+        if extras:
             flags |= NETRXF_extra_info
         page = mem.page(self._buffer)
         source = Side(self._buffer, DOMID_SELF, 0, False)
@@ -374,9 +378,9 @@ class BackQueue:
                 status = NETIF_RSP_ERROR
             more = NETRXF_more_data if at + room < size else 0
             rx.put(NETIF_RX_RESPONSE.pack(ident, offset, flags | more, status))
-            if flags & NETRXF_extra_info:
-                rx.request()  # the extra takes a buffer's place
-                rx.put(NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, skb.gso_size, skb.gso_type, 0))
-            flags = 0
+            for extra in extras:
+                rx.request()  # it takes a buffer's place
+                rx.put(extra)
+            flags, extras = 0, []
         vif.rx_packets += 1
         vif.rx_bytes += size
