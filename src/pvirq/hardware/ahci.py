@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, Driver, Interrupt
+from pvirq.hardware.device import MODERN, Board, Driver, Interrupt
 from pvirq.hardware.disk import BlockDriver, Command, DiskDeclaration, Medium
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
-from pvirq.linux.pvops import Pvops
 from pvirq.xen.msi import PciDevice
 from pvirq.xen.msi import name as name_of
 from pvirq.xen.timer import Timer
@@ -100,7 +99,7 @@ class AhciDriver(BlockDriver):
         self.hba = hba
         self.pci = pci
         self._gsi = gsi
-        self._row = row or (f"ahci[{name_of(pci.sbdf)}]" if isinstance(self.kernel.events, Pvops) else "ahci")
+        self._row = row or (f"ahci[{name_of(pci.sbdf)}]" if self.kernel.events.version >= MODERN else "ahci")
         self._slots: list[Command | None] = [None] * SLOTS
 
     def probe(self) -> None:

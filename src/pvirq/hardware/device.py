@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 US: Final = 1_000  # ns
 MS: Final = 1_000_000
 
+# Kernels from which on drivers behave as Linux 6.1's do; between it and the 2.6 ones nothing was looked at.
+MODERN: Final = (6, 1, 0)
+
 
 class HardwareError(ValueError):
     """A machine's table says something that can't be; the message tells what was expected.

@@ -12,9 +12,8 @@ from random import Random
 from typing import Final, Protocol
 
 from pvirq.abi.errno import Errno
-from pvirq.hardware.device import Board, Declaration, Driver, HardwareError
+from pvirq.hardware.device import MODERN, Board, Declaration, Driver, HardwareError
 from pvirq.linux.kernel import KernelTimer
-from pvirq.linux.pvops import Pvops
 from pvirq.xen.memory import MAP_NORESERVE
 from pvirq.xen.timer import NS_PER_S
 
@@ -196,7 +195,7 @@ class BlockDriver(Driver):
         super().__init__(board, name)
         self.medium = medium
         self._slot_count = self._free_slots = slots
-        if not isinstance(self.kernel.events, Pvops):
+        if self.kernel.events.version < MODERN:
             self.max_sectors = self.max_sectors_old
         self._waiting: deque[Command] = deque()
         self._issued: list[Command] = []

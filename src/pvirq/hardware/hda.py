@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Final
 
-from pvirq.hardware.device import MS, Board, Declaration, Deferred, Driver, Interrupt
+from pvirq.hardware.device import MODERN, MS, Board, Declaration, Deferred, Driver, Interrupt
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IRQF_SHARED, IrqReturn
-from pvirq.linux.pvops import Pvops
 from pvirq.xen.msi import PciDevice
 
 STREAM: Final = 0x01  # of the interrupt status register: the one stream's
@@ -110,5 +109,5 @@ class HdaDeclaration(Declaration):
     def make(self, board: Board) -> HdaDriver:
         pci = board.pci(self.name, self.slot)
         interrupt = board.interrupt(pci, self.gsi)
-        row = "snd_hda_intel:card0" if isinstance(board.kernel.events, Pvops) else "HDA Intel"
+        row = "snd_hda_intel:card0" if board.kernel.events.version >= MODERN else "HDA Intel"
         return HdaDriver(board, self.name, HdaController(board, interrupt), pci, self.gsi, self.row or row)

@@ -14,7 +14,6 @@ from typing import ClassVar, Final
 from pvirq.abi.errno import XenError
 from pvirq.hardware.device import Board, Declaration, Deferred, Driver
 from pvirq.linux.irq import IRQ_HANDLED, IRQ_NONE, IrqError, IrqReturn
-from pvirq.linux.xenlinux_2_6_18 import XenLinux2618
 from pvirq.xen.timer import NS_PER_S
 
 # Bits of register B (enable) and C (flag).
@@ -23,6 +22,8 @@ AIE = AF = 0x20
 UIE = UF = 0x10
 IRQF: Final = 0x80
 REASONS: Final = PF | AF | UF
+
+RTC_CLASS: Final = (2, 6, 22)  # from here on distributions' kernels have rtc-cmos instead of the old driver
 
 
 class Mc146818:
@@ -103,7 +104,7 @@ class RtcDriver(Driver):
         super().__init__(board, name)
         self.chip = chip
         self._gsi = gsi
-        self._old = isinstance(self.kernel.events, XenLinux2618)
+        self._old = self.kernel.events.version < RTC_CLASS
         self._row = row or ("rtc" if self._old else "rtc0")
         if self._old:
             self.module = "rtc"

@@ -89,9 +89,9 @@ class GenericIrq(Protocol):
 class Personality(ABC):
     """One version of a kernel, as far as interrupts go.
 
-    `initial`: it runs as the initial domain. `multi_queue`: its block and net drivers take one queue a CPU, and
-    separate channels for each direction, where both ends can. `on_xenbus` and `on_console` are what its xenbus and
-    console drivers do, in process context; the drivers set them.
+    `version` is Linux's. `initial`: it runs as the initial domain. `multi_queue`: its block and net drivers take one
+    queue a CPU, and separate channels for each direction, where both ends can. `on_xenbus` and `on_console` are what
+    its xenbus and console drivers do, in process context; the drivers set them.
     """
 
     if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Personality(ABC):
         def irq(self) -> GenericIrq:
             """The generic layer: a plain attribute of every personality, each of its own type."""
 
+    version: tuple[int, int, int]
     hz: int
     initial: bool
     start_info: StartInfo

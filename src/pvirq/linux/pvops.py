@@ -50,6 +50,7 @@ class Pvops(EventsPirq, Personality):
     """The personality of a Linux 6.1 pvops kernel, in domain 0 or another domain."""
 
     hz = HZ
+    version = (6, 1, 0)
     multi_queue = True
 
     def __init__(

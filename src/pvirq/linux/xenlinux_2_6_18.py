@@ -42,6 +42,7 @@ _VECTOR: Final = {
 class XenLinux2618(XenLinuxPirq):
     """The personality of a XenLinux 2.6.18 kernel."""
 
+    version = (2, 6, 18)
     irq: IrqLayer2618
     type_shift: ClassVar[int] = 24
     index_shift: ClassVar[int] = 16

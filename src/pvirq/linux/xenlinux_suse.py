@@ -53,6 +53,7 @@ def nr_pirqs(gsis: int, cpus: int) -> int:
 class XenLinuxSuse(XenLinuxPercpu):
     """The personality of a SUSE kernel for Xen."""
 
+    version = (2, 6, 32)
     proc_irq: ClassVar[ProcIrq] = ProcIrq(("smp_affinity", "spurious"))
     type_shift: ClassVar[int] = 28
     index_shift: ClassVar[int] = 12
