@@ -21,6 +21,7 @@ from pathlib import Path
 QEMU = "qemu-system-x86_64"
 _MACHINE = ["-accel", "tcg", "-cpu", "max,-smap,-smep,-la57", "-smp", "1", "-m", "512"]
 _MACHINE += ["-nographic", "-no-reboot", "-no-user-config"]
+_ICOUNT = ("-icount", "shift=1,sleep=off", "-rtc", "base=2024-01-01,clock=vm")
 # guest_loglvl: what Xen has to say of a guest's mistakes would come between the guest's own lines.
 _XEN_ARGS = "com1=115200,8n1 console=com1 dom0_mem=64M xsave=0 guest_loglvl=none"
 
@@ -50,23 +51,16 @@ class RealXen:
 
     def boot(
         self, kernel: Path, cmdline: str = "", *, vcpus: int = 1, timeout: float = 60, icount: bool = False,
-        options: Sequence[str] = (),
+        options: Sequence[str] = (), xen_options: str = "",
     ) -> str:  # fmt: skip
         """Boot `kernel` as domain 0; all that came over the serial line, until Xen says how it ended.
 
-        `options` are more of QEMU's. With `icount` time is counted in instructions, so that what hangs on time is the
-        same at every run (and the boot takes 6 s). TimeoutError after `timeout` seconds, with the last of what came.
+        `options` are more of QEMU's, `xen_options` of Xen's. With `icount` time is counted in instructions, so that
+        what hangs on time is the same at every run (and the boot takes 6 s). TimeoutError after `timeout` seconds,
+        with the last of what came.
         """
-        command = [
-            QEMU,
-            *_MACHINE,
-            *(("-icount", "shift=1,sleep=off") if icount else ()),
-            *options,
-            "-kernel",
-            str(self._elf),
-            "-append",
-            f"{_XEN_ARGS} dom0_max_vcpus={vcpus}",
-        ]
+        command = [QEMU, *_MACHINE, *options, *(_ICOUNT if icount else ()), "-kernel", str(self._elf)]
+        command += ["-append", f"{_XEN_ARGS} dom0_max_vcpus={vcpus} {xen_options}".strip()]
         command += ["-initrd", f"{kernel} {cmdline}".strip()]
         deadline = time.monotonic() + timeout
         output = bytearray()

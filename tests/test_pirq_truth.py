@@ -2,7 +2,8 @@
 
 There a keyboard controller asserted irq 1 or 12; here a line of ours does. Each line of the recording is an operation,
 its result and what came of it: whether the controller holds a byte, the two ports' pending and mask bits, the two pins'
-entries in the I/O APIC. As a program this records: python tests/test_pirq_truth.py SEED...
+entries in the I/O APIC. In the `move` ones there are two CPUs, the ports move between vCPUs, and the CPUs that the pins
+aim at are told too. As a program this records: python tests/test_pirq_truth.py SEED... move-SEED...
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gzip
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +32,9 @@ IRQS = (1, 12)
 class Replay:
     """Domain 0 and the keyboard controller, which holds one byte and asserts the line of its sender."""
 
-    def __init__(self) -> None:
+    def __init__(self, vcpus: int) -> None:
         self.hypervisor = Hypervisor(Machine(64 << 20))
-        self.dom0 = self.hypervisor.create_domain(0, privileged=True)
+        self.dom0 = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
         self.ports: dict[int, int] = {}
         self.asserted: Line | None = None
         for irq in IRQS:
@@ -40,11 +42,13 @@ class Replay:
 
     def step(self, operation: str, irq: int, argument: int) -> str:
         """Do it; the rest of the recording's line."""
-        result = "0"
+        result, moving = "0", len(self.dom0.vcpus) > 1
         try:
             getattr(self, operation)(irq, argument)
         except XenError as error:
             result = f"-{error.errno.name}"
+        if moving:
+            self.wait(0, 0)
         mem, base = self.dom0.machine.mem, self.dom0.shared_info + 2048
         bits = []
         for table in (base, base + 512):
@@ -52,7 +56,9 @@ class Replay:
             bits.append("".join(str(mem[table + port // 8] >> port % 8 & 1 if port else 0) for port in ports))
         pins = [physdev.apic_read(self.dom0, IOAPIC_BASE, 0x10 + 2 * each) for each in IRQS]
         full = int(self.asserted is not None)
-        return f"{result} full {full} pending {bits[0]} masked {bits[1]} pins {pins[0]:x} {pins[1]:x}"
+        aims = [physdev.apic_read(self.dom0, IOAPIC_BASE, 0x11 + 2 * each) >> 24 for each in IRQS]
+        to = f" to {aims[0]:x} {aims[1]:x}" if moving else ""
+        return f"{result} full {full} pending {bits[0]} masked {bits[1]} pins {pins[0]:x} {pins[1]:x}{to}"
 
     def _port(self, irq: int) -> int:
         if irq not in self.ports:
@@ -102,6 +108,9 @@ class Replay:
             self.close(irq, 0)
         physdev.apic_write(self.dom0, IOAPIC_BASE, 0x10 + 2 * irq, irq | argument << 15)
 
+    def move(self, irq: int, argument: int) -> None:
+        self.dom0.evtchnop.bind_vcpu(self.ports.get(irq, 0), argument)
+
     def wait(self, _irq: int, _argument: int) -> None:
         clock = self.hypervisor.clock
         end = clock.now() + 3_000_000
@@ -111,13 +120,15 @@ class Replay:
         clock.jump_to(end)
 
 
-@pytest.mark.parametrize(
-    "recording", sorted(RECORDINGS.glob("[0-9]*.txt.gz")), ids=lambda path: path.name.split(".")[0]
-)
+RUNS = [path for pattern in ("[0-9]*", "move-*") for path in sorted(RECORDINGS.glob(f"{pattern}.txt.gz"))]
+
+
+@pytest.mark.parametrize("recording", RUNS, ids=lambda path: path.name.split(".")[0])
 def test_steps_equal_real_xen(recording: Path) -> None:
-    replay = Replay()
+    moving = recording.name.startswith("move")
+    replay = Replay(vcpus=2 if moving else 1)
     steps = gzip.decompress(recording.read_bytes()).decode().splitlines()
-    assert len(steps) == 2000
+    assert len(steps) == (1000 if moving else 2000)
     for number, step in enumerate(steps, 1):
         match = STEP.fullmatch(step)
         assert match
@@ -133,14 +144,20 @@ def record(seeds: list[str]) -> None:
     if why := realxen.missing():
         sys.exit(why)
     with realxen.RealXen() as xen:
-        for seed in seeds:
-            runs = {xen.boot(guestlib.build("pirq"), f"seed={seed} ops=2000", icount=True) for _ in range(2)}
+        for name in seeds:
+            seed = name.removeprefix("move-")
+            if seed == name:
+                how: dict[str, Any] = {"cmdline": f"seed={seed} ops=2000"}
+            else:
+                how = {"cmdline": f"seed={seed} ops=1000 settle=1", "vcpus": 2, "xen_options": "dom0_vcpus_pin"}
+                how["options"] = ["-smp", "2"]
+            runs = {xen.boot(guestlib.build("pirq"), icount=True, **how) for _ in range(2)}
             lines = {tuple(guestlib.transcript(run)[1:-1]) for run in runs}
             if len(lines) == 1:
                 text = "".join(f"{line}\n" for line in lines.pop())
-                (RECORDINGS / f"{seed}.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+                (RECORDINGS / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
             else:
-                print(f"seed {seed}: two runs DIFFER")
+                print(f"{name}: two runs DIFFER")
 
 
 if __name__ == "__main__":

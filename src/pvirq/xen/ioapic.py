@@ -169,9 +169,11 @@ class LevelHandler(_IoApicHandler):
         self.ioapic.set_mask(desc, 1)
 
     def end(self, desc: IrqDesc, apic: LocalApic) -> None:
-        """end_level_ioapic_irq_new"""
+        """end_level_ioapic_irq_new: a line that is still asserted has interrupted again, and can't move now."""
         self.irqs.apics.eoi(apic)
-        self.irqs.move_native(desc)
+        rte = self.ioapic.rte_of(desc.irq)
+        if rte is not None and not rte.irr:
+            self.irqs.move_native(desc)
 
 
 class IoApic:

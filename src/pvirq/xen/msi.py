@@ -62,8 +62,8 @@ class MsiDesc:
     def write(self, dest: int, vector: int) -> None:
         """Where it goes from now on (write_msi_msg).
 
-        Each of several MSIs has a vector of its own here. On hardware they share a register and differ in the low bits of
-        the vector, which Xen doesn't line up without an IOMMU: it refuses them, unless their pirqs are given.
+        Each of several MSIs has a vector of its own here. On hardware they share a register and differ in the low bits
+        of the vector, which Xen doesn't line up without an IOMMU: it refuses them, unless their pirqs are given.
         """
         self.message.dest = dest
         self.message.vector = vector
