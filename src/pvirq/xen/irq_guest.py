@@ -15,8 +15,8 @@ from pvirq.xen.timer import Timer
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
 
+# The third kind, 1, is an unmask from any CPU: for the 8259A's lines, and for levels with ioapic_ack=old.
 ACKTYPE_NONE: Final = 0  # the hypervisor acknowledged it already
-ACKTYPE_UNMASK: Final = 1  # an unmask, from any CPU; the 8259A's lines, and levels with ioapic_ack=old
 ACKTYPE_EOI: Final = 2  # an EOI on the CPU that was interrupted
 
 EOI_TIMEOUT_NS: Final = 1_000_000
@@ -69,9 +69,8 @@ class GuestAction:
             for domain, pirq in self.guests:
                 send_guest_pirq(domain, pirq)
             return
-        if self.ack_type == ACKTYPE_EOI:
-            apic.pending_eoi.append([desc.irq, vector, 0])
-            self.eoi_cpus |= 1 << apic.cpu
+        apic.pending_eoi.append([desc.irq, vector, 0])
+        self.eoi_cpus |= 1 << apic.cpu
         for domain, pirq in self.guests:
             if not pirq.masked:
                 pirq.masked = True
@@ -101,15 +100,7 @@ class GuestAction:
                 pirq.masked = False
                 self.in_flight -= 1
         assert not self.in_flight, "every guest that owes an EOI shares the line"
-        self.finish()
-
-    def finish(self) -> None:
-        """No guest owes an EOI any more: the interrupt's own."""
-        desc = self.desc
-        if self.ack_type == ACKTYPE_UNMASK:
-            desc.handler.end(desc, self.irqs.apics.cpus[0])
-        else:
-            set_eoi_ready(self.irqs, self)
+        set_eoi_ready(self.irqs, self)
 
 
 def send_guest_pirq(domain: Domain, pirq: Pirq) -> None:
@@ -176,7 +167,7 @@ def desc_guest_eoi(desc: IrqDesc, pirq: Pirq) -> None:
     if action.in_flight:
         return
     action.eoi_deadline = 0
-    action.finish()
+    set_eoi_ready(action.irqs, action)
 
 
 def pirq_guest_bind(irqs: Irqs, vcpu: Vcpu, pirq: Pirq, will_share: bool) -> GuestAction:
@@ -226,8 +217,8 @@ def unbind(irqs: Irqs, domain: Domain, pirq: Pirq, desc: IrqDesc) -> None:
     if pirq.masked:
         pirq.masked = False
         action.in_flight -= 1
-        if not action.in_flight and (action.ack_type == ACKTYPE_UNMASK or action.guests):
-            action.finish()
+        if not action.in_flight and action.guests:
+            set_eoi_ready(irqs, action)
     if action.guests:
         return
     # First off, then the EOI: or a level that is still asserted would interrupt again.
