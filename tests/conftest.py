@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import BusyboxNotFound, KernelChoice, KernelNotFound
+
+# Examples aren't judged by the clock: another job on the machine would fail them.
+settings.register_profile("pvirq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pvirq")
 
 
 def _kernel(flavour: str) -> KernelChoice:
