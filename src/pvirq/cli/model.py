@@ -31,7 +31,7 @@ Exit status:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(epilog=EPILOG, short_help="Run a scenario of modelled domains and print their interrupts.")
 @click.argument("scenario", required=False)
 @click.option("-i", "--interrupts", multiple=True, metavar="DOMAIN", help="Print the /proc/interrupts of a domain.")
 @click.option("-l", "--lsevtchn", multiple=True, metavar="DOMAIN", help="Print the lsevtchn of a domain.")
