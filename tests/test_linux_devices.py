@@ -31,7 +31,7 @@ def guest(host: Host, kernel_cloud: KernelChoice, busybox: Path) -> Guest:
     assert kernel_cloud.modules_dir is not None
     drivers = modules.read_modules(kernel_cloud.modules_dir, ["xen-blkfront", "xen-netfront"])
     initrd = default_initrd(busybox, modules=drivers)
-    guest = host.boot(kernel_cloud.path, initrd=initrd, append="console=hvc0 pvirq=agent")
+    guest = host.boot(kernel_cloud.path, initrd=initrd, append="console=hvc0 pvirq=agent", vcpus=2)
     host.attach_disk(guest, "xvda", "/dev/ata1")
     host.attach_disk(guest, "xvdb", "/dev/ata2", readonly=True)
     host.attach_nic(guest)

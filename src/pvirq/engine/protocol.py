@@ -161,7 +161,7 @@ class Engine(Protocol):
         ...
 
     def restore(self, state: bytes) -> None:
-        """Become the CPU that `save` saw."""
+        """Become the CPU that `save` saw, but for the TSC's offset, which stays: it is the clock's."""
         ...
 
     def close(self) -> None:

@@ -418,7 +418,10 @@ class UnicornEngine:
         return bytes(self._state.bytes[:STATE_BYTES])
 
     def restore(self, state: bytes) -> None:
+        # The offset of the TSC lies among the state, but time has gone on since that was saved.
+        offset = self._u64[self._state.tsc_offset]
         self._state.bytes[:STATE_BYTES] = state
+        self._u64[self._state.tsc_offset] = offset
         self.flush_tlb()
 
     def close(self) -> None:
