@@ -14,7 +14,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.blockstore import BlockDevices
 from pvirq.drivers.bridge import Network
-from pvirq.drivers.xenstore import Client, Operations, WatchHandle
+from pvirq.drivers.xenstore import Client, Operations, Perm, WatchHandle
 from pvirq.linux.kthread import Completion
 
 PROTOCOL: Final = "x86_64-abi"
@@ -154,7 +154,8 @@ class DeviceManager:
         """libxl__device_generic_add."""
         if self.store.exists(f"{ref.libxl}/backend"):
             raise XenError(Errno.EEXIST, f"domain {ref.domid} has {ref.kind} {ref.devid}")
-        theirs, ours = [f"n{ref.domid}", "r0"], ["n0", f"r{ref.domid}"]
+        theirs = Perm.parse(f"n{ref.domid}"), Perm.parse("r0")
+        ours = Perm.parse("n0"), Perm.parse(f"r{ref.domid}")
 
         def write(t: Operations) -> None:
             t.write(f"{ref.libxl}/frontend", ref.frontend)

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Final
 
-from pvirq.drivers.xenstore import Client
+from pvirq.drivers.xenstore import Client, Perm
 
 # libxl's default for max_event_channels.
 MAX_EVENT_CHANNELS: Final = 1023
@@ -51,9 +51,9 @@ def write_domain(store: Client, info: DomainInfo) -> None:
     """A new guest's nodes, in libxl's order and with its permissions. XenError as xenstore gives it."""
     guest = f"/local/domain/{info.domid}"
     vm, libxl = f"/vm/{info.uuid}", f"/libxl/{info.domid}"
-    read_only, read_write, private = ["n0", f"r{info.domid}"], [f"n{info.domid}"], ["n0"]
+    read_only, read_write, private = _perms("n0", f"r{info.domid}"), _perms(f"n{info.domid}"), _perms("n0")
 
-    def node(path: str, permissions: list[str], value: str | None = None) -> None:
+    def node(path: str, permissions: tuple[Perm, ...], value: str | None = None) -> None:
         if value is None:
             store.mkdir(path)
         else:
@@ -106,20 +106,26 @@ def write_domain(store: Client, info: DomainInfo) -> None:
 
 def _write_console(store: Client, info: DomainInfo, guest: str, libxl: str) -> None:
     front, back = f"{guest}/console", f"/local/domain/0/backend/console/{info.domid}/0"
+    read_only = _perms("n0", f"r{info.domid}")
     backend = {"frontend": front, "frontend-id": info.domid, "online": 1, "state": 1, "protocol": "vt100"}
     for key, value in backend.items():
         store.write(f"{back}/{key}", str(value))
-    store.set_perms(back, ["n0", f"r{info.domid}"])
+    store.set_perms(back, read_only)
     frontend = {
         "backend": back, "backend-id": 0, "limit": CONSOLE_LIMIT, "type": "xenconsoled", "output": "pty",
         "tty": "", "port": info.console_port, "ring-ref": info.console_mfn,
     }  # fmt: skip
     for key, value in frontend.items():
         store.write(f"{front}/{key}", str(value))
-        store.set_perms(f"{front}/{key}", ["n0", f"r{info.domid}"])
+        store.set_perms(f"{front}/{key}", read_only)
     store.set_perms(front, [f"n{info.domid}", "r0"])
     store.write(f"{libxl}/device/console/0/frontend", front)
     store.write(f"{libxl}/device/console/0/backend", back)
+
+
+def _perms(*texts: str) -> tuple[Perm, ...]:
+    """Permissions for many nodes, parsed once."""
+    return tuple(map(Perm.parse, texts))
 
 
 def remove_domain(store: Client, domid: int, vm_uuid: str) -> None:

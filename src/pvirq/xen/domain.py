@@ -267,7 +267,7 @@ class Hypervisor:
     ) -> Domain:
         """Add a domain under `domid`, or the next free id from 1 up. XenError(EEXIST) where the id is taken."""
         if domid is None:
-            domid = next(i for i in range(1, DOMID_FIRST_RESERVED) if not self.domain_or_zombie(i))
+            domid = next(i for i in range(1, DOMID_FIRST_RESERVED) if i not in self.domains and i not in self.zombies)
         if self.domain_or_zombie(domid):
             raise XenError(Errno.EEXIST, f"domain {domid} exists")
         domain = Domain(self, domid, privileged=privileged, vcpus=vcpus, max_evtchns=max_evtchns, word_bits=word_bits)

@@ -60,14 +60,12 @@ class Transaction:
         self.conn = conn
         self.id = transaction_id
         self.generation = generation
+        # With a path, the length of the database key of the copy, `<generation>/<path>`, which quotas count.
+        self.key_prefix = len(f"{generation}/")
         self.accessed: dict[str, Accessed] = {}  # in order of first access
         self.entries: dict[int, int] = {}  # domid -> change of its number of nodes
         self.node_created = False
         self.fail = False
-
-    def key_length(self, path: str) -> int:
-        """Length of the database key of the transaction's copy, `<generation>/<path>`, which quotas count."""
-        return len(f"{self.generation}/") + len(path)
 
 
 class Database:
@@ -95,9 +93,7 @@ class Database:
     def existing_domain(self, domid: int) -> Account | None:
         """The account of a domain that Xen knows, made where need be (find_or_alloc_existing_domain)."""
         account = self.domains.get(domid)
-        if account is None and self.domain_exists(domid):
-            account = self.alloc_domain(domid)
-        return account
+        return self.alloc_domain(domid) if account is None and self.domain_exists(domid) else account
 
     def account_memory(self, domid: int, delta: int, check: bool = True) -> None:
         """Charge `delta` bytes to a domain; XenError(ENOMEM) where `check` and over the hard quota."""
@@ -106,13 +102,13 @@ class Database:
             if check:
                 raise XenError(Errno.ENOENT, f"no domain {domid}")
             return
-        limit, before = self.quotas.memory, account.memory
-        ignored = account.connection is not None and account.connection.ignored
-        if check and domid != 0 and not ignored and before + delta >= limit > 0:
+        limit, before, connection = self.quotas.memory, account.memory, account.connection
+        after = before + delta
+        if check and after >= limit > 0 and domid != 0 and not (connection is not None and connection.ignored):
             raise XenError(Errno.ENOMEM, f"memory quota of domain {domid}")
-        account.memory += delta
-        if before >= limit > account.memory and account.connection is not None:
-            account.connection.wake()
+        account.memory = after
+        if before >= limit > after and connection is not None:
+            connection.wake()
 
     def count_entry(self, conn: Connection | None, node: Node, delta: int) -> None:
         """One node more or fewer for its owner (domain_entry_inc, domain_entry_dec)."""
@@ -133,12 +129,17 @@ class Database:
         """Store a global node and charge its owner (do_tdb_write); XenError(EIO) over the memory quota."""
         old = self.nodes.get(node.path)
         owner, key = node.perms[0].domid, len(node.path)
+        delta = node.size + key
+        moved = old is not None and old.perms[0].domid != owner
         if old is not None:
-            self.account_memory(old.perms[0].domid, -old.size - key, check=False)
+            if moved:
+                self.account_memory(old.perms[0].domid, -old.size - key, check=False)
+            else:
+                delta -= old.size + key
         try:
-            self.account_memory(owner, node.size + key, check)
+            self.account_memory(owner, delta, check)
         except XenError as error:
-            if old is not None:
+            if old is not None and moved:
                 self.account_memory(old.perms[0].domid, old.size + key, check=False)
             raise XenError(Errno.EIO, error.why) from error
         self.nodes[node.path] = node
@@ -150,8 +151,8 @@ class Database:
 
     def set_copy(self, trans: Transaction, path: str, entry: Accessed, node: Node | None, check: bool = False) -> None:
         """Replace a transaction's copy, charged to who runs the transaction; XenError(EIO) over the quota."""
-        domid, key, old = trans.conn.domid, trans.key_length(path), entry.node
-        delta = (node.size + key if node else 0) - (old.size + key if old else 0)
+        domid, key, old = trans.conn.domid, trans.key_prefix + len(path), entry.node
+        delta = (0 if node is None else node.size + key) - (0 if old is None else old.size + key)
         try:
             self.account_memory(domid, delta, check and node is not None)
         except XenError as error:
@@ -183,11 +184,10 @@ class Database:
     def _adjust_perms(self, node: Node) -> Node:
         """Void the entries of domains that are gone or younger than the node (domain_adjust_node_perms)."""
         generation, domains = node.generation, self.domains
-        for i, perm in enumerate(node.perms):
-            if i:
-                account = domains.get(perm.domid)
-                if account is None or account.generation > generation:
-                    break
+        for domid, _access in node.perms[1:]:
+            account = domains.get(domid)
+            if account is None or account.generation > generation:
+                break
         else:
             return node
         perms = list(node.perms)

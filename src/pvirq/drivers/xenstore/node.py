@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeGuard
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xs_wire import XENSTORE_REL_PATH_MAX
@@ -89,8 +89,10 @@ def is_valid_nodename(path: str, path_max: int = XENSTORE_REL_PATH_MAX) -> bool:
     """An absolute path that a node may have; `/local/domain/<domid>/` is free in its length."""
     if VALID_PATH.fullmatch(path) is None:
         return False
+    if len(path) <= path_max:
+        return True
     prefix = DOMAIN_PREFIX.match(path)
-    return len(path) <= path_max + (prefix.end() if prefix else 0)
+    return prefix is not None and len(path) <= path_max + prefix.end()
 
 
 def parent_of(path: str) -> str:
@@ -104,8 +106,13 @@ def join(parent: str, name: str) -> str:
 
 
 def parse_perms(perms: Iterable[Perm | str]) -> tuple[Perm, ...]:
-    """Permissions given as entries or in the wire's form; XenError(EINVAL)."""
-    return tuple(perm if isinstance(perm, Perm) else Perm.parse(perm) for perm in perms)
+    """Permissions given as entries or in the wire's form; XenError(EINVAL). A tuple of entries stays the same one."""
+    given = tuple(perms)
+    return given if _are_entries(given) else tuple(Perm.parse(p) if isinstance(p, str) else p for p in given)
+
+
+def _are_entries(perms: tuple[Perm | str, ...]) -> TypeGuard[tuple[Perm, ...]]:
+    return all(isinstance(perm, Perm) for perm in perms)
 
 
 def atoi(text: bytes) -> int:

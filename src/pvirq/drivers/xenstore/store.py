@@ -65,29 +65,29 @@ class Store(Database):
 
     def get_node(self, conn: Connection, path: str, need: int) -> Node:
         """A node with `need` permitted; XenError(EINVAL), EACCES, ENOENT (only to whom may know), ENOSPC."""
-        node, errno = self._find_permitted(conn, path, need)
+        node, errno, _ = self._find_permitted(conn, path, need)
         if node is None:
             raise XenError(errno, path)
         return node
 
-    def _find_permitted(self, conn: Connection, path: str, need: int) -> tuple[Node | None, Errno]:
-        """The same, with EACCES or ENOENT told instead of raised."""
+    def _find_permitted(self, conn: Connection, path: str, need: int) -> tuple[Node | None, Errno, Node]:
+        """The same, with EACCES or ENOENT told instead of raised; and the nearest node above, if it isn't there."""
         if path not in self.nodes and not is_valid_nodename(path, self.quotas.path_max):
             raise XenError(Errno.EINVAL, f"no node name: {path!r}")
         errno = Errno.ENOENT
         node = self.find_node(conn, path)
         if node is not None:
             if not conn.unprivileged or self.perm_for(conn, node.perms) & need == need:
-                return node, errno
+                return node, errno, node
             errno = Errno.EACCES
         # The nearest node above decides whether the asker may learn why.
         above, node = path, None
         while node is None:
-            above = parent_of(above)
+            above = above[: above.rfind("/")] or "/"  # parent_of
             node = self.find_node(conn, above)
         if not self.perm_for(conn, node.perms) & need:
             errno = Errno.EACCES
-        return None, errno
+        return None, errno, node
 
     # Operations of the protocol.
 
@@ -103,11 +103,11 @@ class Store(Database):
         """XS_WRITE: set a value, creating the node and those above it that are missing."""
         path = conn.canonicalize(path)
         parent: Node | None = None
-        node, errno = self._find_permitted(conn, path, XS_PERM_WRITE)
+        node, errno, above = self._find_permitted(conn, path, XS_PERM_WRITE)
         if node is None:
             if errno is not Errno.ENOENT:
                 raise XenError(errno, path)
-            node, parent = self._create(conn, path, value)
+            node, parent = self._create(conn, path, value, above)
         else:
             node = self.write_node(conn, Node(path, value, node.children, node.perms, 0))
         self.fire_watches(conn, path, node, parent=parent)
@@ -115,24 +115,20 @@ class Store(Database):
     def mkdir(self, conn: Connection, path: str) -> None:
         """XS_MKDIR: like write of nothing, but an existing node stays as it is."""
         path = conn.canonicalize(path)
-        found, errno = self._find_permitted(conn, path, XS_PERM_WRITE)
+        found, errno, above = self._find_permitted(conn, path, XS_PERM_WRITE)
         if found is None:
             if errno is not Errno.ENOENT:
                 raise XenError(errno, path)
-            node, parent = self._create(conn, path, b"")
+            node, parent = self._create(conn, path, b"", above)
             self.fire_watches(conn, path, node, parent=parent)
 
-    def _create(self, conn: Connection, path: str, value: bytes) -> tuple[Node, Node]:
-        """Make a node and what is missing above it; returns it and its parent (create_node)."""
+    def _create(self, conn: Connection, path: str, value: bytes, existing: Node) -> tuple[Node, Node]:
+        """Make a node and what is missing between `existing` and it; returns it and its parent (create_node)."""
         missing = [path]
-        while True:
-            above = parent_of(missing[-1])
-            existing = self.find_node(conn, above)
-            if existing is not None:
-                break
+        while (above := parent_of(missing[-1])) != existing.path:
             missing.append(above)
         perms, account = existing.perms, conn.account
-        if conn.unprivileged:  # it owns what it creates
+        if conn.unprivileged and perms[0].domid != conn.domid:  # it owns what it creates
             perms = (Perm(conn.domid, perms[0].access), *perms[1:])
         if conn.current is not None:
             conn.current.node_created = True
@@ -213,10 +209,10 @@ class Store(Database):
             raise XenError(Errno.EINVAL, "no permissions")
         if conn.unprivileged and len(perms) > self.quotas.permissions:
             raise XenError(Errno.ENOSPC, "too many permissions")
-        new = tuple(
-            perm if self.existing_domain(perm.domid) is not None else Perm(perm.domid, perm.access | XS_PERM_IGNORE)
-            for perm in perms
-        )
+        new = tuple(perms)
+        for i, (domid, access) in enumerate(new):
+            if self.existing_domain(domid) is None:
+                new = (*new[:i], Perm(domid, access | XS_PERM_IGNORE), *new[i + 1 :])
         if new[0].access & XS_PERM_IGNORE:
             raise XenError(Errno.ENOENT, f"no domain {new[0].domid}")
         if path.startswith("@"):
@@ -300,9 +296,10 @@ class Store(Database):
         for path, entry in trans.accessed.items():
             node = entry.node
             if node is not None:
+                # It was changed, so this node is the transaction's own, and becomes the store's.
                 self.generation += 1
-                committed = Node(path, node.value, node.children, node.perms, self.generation)
-                self.record(committed, check=False)
+                node.generation = self.generation
+                self.record(node, check=False)
                 self.set_copy(trans, path, entry, None)
             elif entry.generation != NO_GENERATION:
                 self.delete(path)
