@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final
 
 from pvirq.abi.errno import XenError
 from pvirq.abi.event_channel import EVTCHN_2L_NR_CHANNELS
@@ -21,8 +21,6 @@ from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
 
 BITS: Final = 64
-
-C = TypeVar("C")
 
 
 class Events2l:
@@ -119,11 +117,11 @@ class Events2l:
         u64 = self._u64
         return u64[self._pending + word] & ~u64[self._mask + word] & self._cpu_mask[cpu][word]
 
-    def handle_events(self, cpu: int, handle: Callable[[int, C], None], ctrl: C) -> None:
+    def handle_events(self, cpu: int, handle: Callable[[int], None]) -> None:
         """Scan this CPU's pending ports once: the timer, then the others from where the last scan ended."""
         timer = self._timer_port(cpu)
         if timer and self._active(cpu, timer // BITS) >> timer % BITS & 1:
-            handle(timer, ctrl)
+            handle(timer)
         selector = (self._domain.vcpus[cpu].info + VCPU_INFO_PENDING_SEL) // 8
         words, self._u64[selector] = self._u64[selector], 0
         start_word, start_bit = self._word_idx[cpu], self._bit_idx[cpu]
@@ -142,7 +140,7 @@ class Events2l:
             bit = start_bit if first and word == start_word else 0
             while bits := pending >> bit << bit:
                 bit = (bits & -bits).bit_length() - 1
-                handle(word * BITS + bit, ctrl)
+                handle(word * BITS + bit)
                 bit = (bit + 1) % BITS
                 self._word_idx[cpu] = word if bit else (word + 1) % BITS
                 self._bit_idx[cpu] = bit

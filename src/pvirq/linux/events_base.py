@@ -47,20 +47,6 @@ from pvirq.xen import evtchn
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
 
-class _LoopCtrl:
-    """How long this CPU has been in the event loop (struct evtchn_loop_ctrl)."""
-
-    __slots__ = ("count", "defer_eoi", "timeout")
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        self.timeout = 0
-        self.count = 0
-        self.defer_eoi = False
-
-
 class EventsBase:
     """The event channels of one kernel, as IRQs."""
 
@@ -87,8 +73,7 @@ class EventsBase:
         self._ipi_to_irq = [[-1] * len(Ipi) for _ in range(nr_cpus)]
         self._channels_on_cpu = [0] * nr_cpus
         self.event_loop_timeout = event_loop_timeout
-        self.lateeoi = LateEoi(kernel, nr_cpus, irq.hz, self._unmask_lateeoi, event_eoi_delay)
-        self._loop_ctrl = [_LoopCtrl() for _ in range(nr_cpus)]
+        self.lateeoi = LateEoi(kernel, nr_cpus, irq.hz, event_eoi_delay)
         self._make_chips()
 
     def init_irq(self, fifo: bool) -> bool:
@@ -103,6 +88,7 @@ class EventsBase:
                 self.ops = ops
         if not fifo:
             self.ops = Events2l(self.domain, lambda: self.kernel.cpu, self.cpu_from_evtchn, self._timer_port)
+        self.lateeoi.unmask = self.ops.unmask
         self.kernel.printk(f"xen:events: Using {'FIFO-based' if fifo else '2-level'} ABI")
         for port in range(self.ops.nr_channels):
             self.ops.mask(port)
@@ -389,8 +375,14 @@ class EventsBase:
     def notify_remote_via_irq(self, irq: int) -> None:
         """Notify the other end of an IRQ's channel; nothing happens on one that is broken."""
         desc = self.irq.descs.get(irq)
-        if desc is not None and isinstance(desc.chip_data, IrqInfo) and desc.chip_data.evtchn:
-            self.notify_remote_via_evtchn(desc.chip_data.evtchn)
+        if desc is None:
+            return
+        info: IrqInfo | None = desc.chip_data
+        if info is not None and info.evtchn:
+            try:  # noqa: SIM105  # as notify_remote_via_evtchn
+                evtchn.send(self.domain, info.evtchn)
+            except XenError:
+                pass
 
     def send_ipi(self, cpu: int, ipi: Ipi) -> None:
         self.notify_remote_via_irq(self._ipi_to_irq[cpu][ipi])
@@ -404,45 +396,50 @@ class EventsBase:
         """xen_evtchn_do_upcall of one CPU: scan until Xen has nothing new for it."""
         mem = self.domain.machine.mem
         pending = self.domain.vcpus[cpu].info + VCPU_INFO_UPCALL_PENDING
-        handle, ctrl, irq_epoch = self._handle_irq_for_port, self._loop_ctrl[cpu], self.lateeoi.irq_epoch
+        find, irq_epoch = self._evtchn_to_irq.get, self.lateeoi.irq_epoch
+        # How long this CPU has been in the event loop (struct evtchn_loop_ctrl).
+        count, timeout, defer_eoi = 0, 0, False
+
+        def handle_irq_for_port(port: int) -> None:
+            nonlocal count, timeout, defer_eoi
+            info = find(port)
+            if info is None:
+                return
+            # The clock is looked at every 256 events. Past the timeout, all EOIs are deferred, so the loop ends
+            # soon.
+            if not defer_eoi:
+                count += 1
+                if count & 255 == 0:
+                    now = self.kernel.now()
+                    if not timeout:
+                        timeout = now + self.kernel.jiffies_to_ns(self.event_loop_timeout)
+                    elif now > timeout:
+                        defer_eoi = True
+            if info.is_active:
+                return
+            info.is_active = True
+            if info.dev is not None:
+                info.dev.events += 1
+            if defer_eoi:
+                self.lateeoi.defer(info)
+            desc = info.desc
+            flow = desc.flow
+            assert flow is not None
+            flow(desc, cpu)  # generic_handle_irq_desc
 
         def upcall() -> None:
+            nonlocal count, timeout, defer_eoi
+            count, timeout, defer_eoi = 0, 0, False
             handle_events = self.ops.handle_events
-            ctrl.begin()
             while True:
                 mem[pending] = 0
-                handle_events(cpu, handle, ctrl)
+                handle_events(cpu, handle_irq_for_port)
                 if not mem[pending]:
                     break
             # Only now: an EOI is deferred only if it comes from inside the loop above.
             irq_epoch[cpu] += 1
 
         return upcall
-
-    def _handle_irq_for_port(self, port: int, ctrl: _LoopCtrl) -> None:
-        info = self._evtchn_to_irq.get(port)
-        if info is None:
-            return
-        # The clock is looked at every 256 events. Past the timeout, all EOIs are deferred, so the loop ends
-        # soon.
-        if not ctrl.defer_eoi:
-            count = ctrl.count = ctrl.count + 1
-            if count & 255 == 0:
-                now = self.kernel.now()
-                if not ctrl.timeout:
-                    ctrl.timeout = now + self.kernel.jiffies_to_ns(self.event_loop_timeout)
-                elif now > ctrl.timeout:
-                    ctrl.defer_eoi = True
-        if info.is_active:
-            return
-        info.is_active = True
-        if info.dev is not None:
-            info.dev.events += 1
-        if ctrl.defer_eoi:
-            self.lateeoi.defer(info)
-        desc = info.desc
-        assert desc.flow is not None
-        desc.flow(desc)  # generic_handle_irq_desc
 
     # Chips.
 
@@ -456,16 +453,11 @@ class EventsBase:
         if not info.mask_reason:
             self.ops.unmask(info.evtchn)
 
-    def _unmask_lateeoi(self, info: IrqInfo) -> None:
-        info.mask_reason &= ~MASK_EOI_PENDING
-        if not info.mask_reason:
-            self.ops.unmask(info.evtchn)
-
     @staticmethod
     def _info_of(desc: IrqDesc) -> IrqInfo | None:
         """None where the IRQ has no port (any more): then the chips do nothing."""
-        info = desc.chip_data
-        return info if isinstance(info, IrqInfo) and info.evtchn else None
+        info: IrqInfo | None = desc.chip_data
+        return info if info is not None and info.evtchn else None
 
     def _event_handler_exit(self, info: IrqInfo) -> None:
         info.is_active = False
@@ -480,8 +472,8 @@ class EventsBase:
             self._do_mask(info, MASK_EXPLICIT)
 
     def _ack_dynirq(self, desc: IrqDesc) -> None:
-        info = desc.chip_data
-        if isinstance(info, IrqInfo) and info.evtchn:
+        info: IrqInfo | None = desc.chip_data
+        if info is not None and info.evtchn:
             info.is_active = False
             self.ops.clear_pending(info.evtchn)
 
@@ -495,8 +487,8 @@ class EventsBase:
 
         Still active till then: moved to another CPU, it must not be handled there.
         """
-        info = desc.chip_data
-        if isinstance(info, IrqInfo) and info.evtchn:
+        info: IrqInfo | None = desc.chip_data
+        if info is not None and info.evtchn:
             if info.mask_reason:
                 self.ops.clear_pending(info.evtchn)
             else:

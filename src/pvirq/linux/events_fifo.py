@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import (
@@ -30,9 +30,9 @@ MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
 UNLINKED: Final = ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+_READY: Final = FIFO_CONTROL_READY // 4
+_HEAD: Final = FIFO_CONTROL_HEAD // 4
 _ALL_MASKED: Final = MASKED.to_bytes(4, "little") * WORDS_PER_PAGE
-
-C = TypeVar("C")
 
 
 class EventsFifo:
@@ -89,7 +89,7 @@ class EventsFifo:
 
     def percpu_deinit(self, cpu: int) -> None:
         """Empty the queues of a CPU that has gone, so that its ports can be linked elsewhere."""
-        self.handle_events(cpu, None, None)
+        self.handle_events(cpu, None)
 
     def setup(self, port: int) -> None:
         """Grow the event array until it has a word for `port`; XenError as EVTCHNOP_expand_array."""
@@ -149,21 +149,21 @@ class EventsFifo:
             return
         self._u32[word] = value & ~(MASKED | BUSY)
 
-    def handle_events(self, cpu: int, handle: Callable[[int, C], None] | None, ctrl: C) -> None:
+    def handle_events(self, cpu: int, handle: Callable[[int], None] | None) -> None:
         """Consume this CPU's queues, the highest priority first, until none is ready.
 
-        `handle(port, ctrl)` is called for each event; None drops them.
+        `handle(port)` is called for each event; None drops them.
         """
         control = self._control.get(cpu)
         if control is None:
             return
         u32, pages, heads = self._u32, self._pages, self._heads[cpu]
-        ready_at = control + FIFO_CONTROL_READY // 4
+        ready_at, heads_at = control + _READY, control + _HEAD
         ready, u32[ready_at] = u32[ready_at], 0
         while ready:
             queue = (ready & -ready).bit_length() - 1
             # A local head of 0: the tail was reached last time, Xen has put a new one in the control block.
-            port = heads[queue] or u32[control + FIFO_CONTROL_HEAD // 4 + queue]
+            port = heads[queue] or u32[heads_at + queue]
             word = pages[port >> WORD_SHIFT] + (port & WORD_MASK)
             value = u32[word]
             u32[word] = value & UNLINKED
@@ -171,7 +171,7 @@ class EventsFifo:
             if link == 0:
                 ready &= ~(1 << queue)
             if value & (PENDING | MASKED) == PENDING and handle is not None:
-                handle(port, ctrl)
+                handle(port)
             heads[queue] = link
             more = u32[ready_at]
             if more:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from pvirq.linux.events_info import IrqInfo
+from pvirq.linux.events_info import MASK_EOI_PENDING, IrqInfo
 from pvirq.linux.kernel import Kernel, KernelTimer
 
 EVENT_EOI_DELAY: Final = 10  # jiffies (xen.event_eoi_delay)
@@ -27,17 +27,15 @@ class _Worker:
 
 
 class LateEoi:
-    """The late EOIs of one kernel; `unmask(info)` opens a channel for its next event.
+    """The late EOIs of one kernel; `unmask(port)` is its ABI's.
 
     `irq_epoch[cpu]` counts the ends of that CPU's event loop; `event_eoi_delay` is in jiffies.
     """
 
-    def __init__(
-        self, kernel: Kernel[Any], nr_cpus: int, hz: int, unmask: Callable[[IrqInfo], None], event_eoi_delay: int
-    ) -> None:
+    def __init__(self, kernel: Kernel[Any], nr_cpus: int, hz: int, event_eoi_delay: int) -> None:
         self._kernel = kernel
         self._hz = hz
-        self._unmask = unmask
+        self.unmask: Callable[[int], None] = lambda port: None
         self.event_eoi_delay = event_eoi_delay
         self.irq_epoch = [0] * nr_cpus
         self._workers = [_Worker() for _ in range(nr_cpus)]
@@ -78,7 +76,9 @@ class LateEoi:
             return
         info.eoi_time = 0
         info.is_active = False
-        self._unmask(info)
+        info.mask_reason &= ~MASK_EOI_PENDING
+        if not info.mask_reason:
+            self.unmask(info.evtchn)
 
     def _add(self, info: IrqInfo) -> None:
         infos = self._workers[info.eoi_cpu].infos

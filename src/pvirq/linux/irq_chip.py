@@ -40,7 +40,7 @@ class IrqChips(IrqDescs):
     _polling = False
 
     def set_chip_and_handler_name(
-        self, desc: IrqDesc, chip: IrqChip, flow: Callable[[IrqDesc], None], name: str
+        self, desc: IrqDesc, chip: IrqChip, flow: Callable[[IrqDesc, int], None], name: str
     ) -> None:
         """Choose what the line is wired to and how its interrupts are handled."""
         desc.chip, desc.flow, desc.name = chip, flow, name
@@ -200,9 +200,9 @@ class IrqChips(IrqDescs):
             desc.kstat[self.cpu()] += 1
             self.printk(f"unexpected IRQ trap at vector {irq:02x}")
             return
-        desc.flow(desc)
+        desc.flow(desc, self.cpu())
 
-    def handle_edge_irq(self, desc: IrqDesc) -> None:
+    def handle_edge_irq(self, desc: IrqDesc, cpu: int) -> None:
         """Acknowledge first, then handle, so that an edge in between is not lost."""
         chip = desc.chip
         assert chip is not None
@@ -211,7 +211,7 @@ class IrqChips(IrqDescs):
             desc.istate |= IRQS_PENDING
             self._mask_ack_irq(desc)
             return
-        desc.kstat[self.cpu()] += 1
+        desc.kstat[cpu] += 1
         chip.irq_ack(desc)
         while True:
             actions = desc.actions
@@ -236,7 +236,7 @@ class IrqChips(IrqDescs):
             if not desc.istate & IRQS_PENDING or desc.disabled:
                 return
 
-    def handle_fasteoi_irq(self, desc: IrqDesc) -> None:
+    def handle_fasteoi_irq(self, desc: IrqDesc, cpu: int) -> None:
         """Level lines whose chip wants one EOI at the end."""
         assert desc.chip is not None
         assert desc.chip.irq_eoi is not None
@@ -249,14 +249,14 @@ class IrqChips(IrqDescs):
             self.mask_irq(desc)
             desc.chip.irq_eoi(desc)
             return
-        desc.kstat[self.cpu()] += 1
+        desc.kstat[cpu] += 1
         self._handle_irq_event(desc)
         desc.chip.irq_eoi(desc)
 
-    def handle_percpu_irq(self, desc: IrqDesc) -> None:
+    def handle_percpu_irq(self, desc: IrqDesc, cpu: int) -> None:
         """Lines that only ever come at one CPU: no state to keep."""
         assert desc.chip is not None
-        desc.kstat[self.cpu()] += 1
+        desc.kstat[cpu] += 1
         desc.chip.irq_ack(desc)
         self._run_actions(desc)
         if desc.chip.irq_eoi:

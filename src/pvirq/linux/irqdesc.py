@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from pvirq.abi.errno import Errno
 
@@ -124,9 +124,9 @@ class IrqDesc:
     kstat: list[int]
     affinity: int
     chip: IrqChip | None = None
-    flow: Callable[[IrqDesc], None] | None = None
+    flow: Callable[[IrqDesc, int], None] | None = None  # of the line and the CPU
     name: str | None = None
-    chip_data: object = None
+    chip_data: Any = None  # the chip's own: an IrqInfo, where it is an event channel's
     actions: tuple[IrqAction, ...] = ()
     depth: int = 1
     istate: int = 0

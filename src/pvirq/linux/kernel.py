@@ -75,7 +75,8 @@ class Kernel(Generic[P]):
         self.events: P = personality(self)
         self.irq: GenericIrq = self.events.irq
         self._mem = domain.machine.mem
-        self._upcalls: list[Callable[[], object] | None] = [None] * len(domain.vcpus)
+        self._turns: list[tuple[deque[Callable[[], object]], Callable[[], object]] | None]
+        self._turns = [None] * len(domain.vcpus)  # what `run` needs of each CPU
 
     # Time.
 
@@ -146,13 +147,13 @@ class Kernel(Generic[P]):
 
     def run(self, vcpu: Vcpu) -> None:
         """This vCPU's turn: upcalls, then process context, until nothing is left; then it blocks."""
-        cpu, pending = vcpu.vcpu_id, vcpu.info
-        work = self._cpus[cpu].work
+        cpu, mem = vcpu.vcpu_id, self._mem
+        turn = self._turns[cpu]
+        if turn is None:
+            turn = self._turns[cpu] = self._cpus[cpu].work, self.events.upcall_entry(cpu)
+        work, upcall = turn
+        pending = vcpu.info
         mask = pending + VCPU_INFO_UPCALL_MASK
-        mem = self._mem
-        upcall = self._upcalls[cpu]
-        if upcall is None:
-            upcall = self._upcalls[cpu] = self.events.upcall_entry(cpu)
         before = self.cpu, self._running
         self.cpu, self._running = cpu, True
         try:

@@ -16,7 +16,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import EVTCHN_FIFO_PRIORITY_MAX
 from pvirq.abi.xen import DOMID_SELF, VIRQ_CONSOLE, VIRQ_DEBUG, VIRQ_MCA, VIRQ_PCPU_STATE, VIRQ_TIMER
 from pvirq.linux.events_base import EVENT_LOOP_TIMEOUT
-from pvirq.linux.events_info import IrqInfo, XenbusDevice
+from pvirq.linux.events_info import XenbusDevice
 from pvirq.linux.events_lateeoi import EVENT_EOI_DELAY
 from pvirq.linux.events_pirq import NR_IRQS_LEGACY, EventsPirq
 from pvirq.linux.evtchn_dev import EvtchnUser
@@ -313,7 +313,7 @@ class Pvops(EventsPirq, Personality):
 
     def eoi(self, irq: int, spurious: bool = False) -> None:
         desc = self.irq.descs.get(irq)
-        if desc is not None and isinstance(desc.chip_data, IrqInfo):
+        if desc is not None and desc.chip_data is not None:
             self.lateeoi.eoi(desc.chip_data, spurious)
 
     # What userland sees.

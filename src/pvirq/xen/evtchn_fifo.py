@@ -136,8 +136,22 @@ class Fifo:
             u32[at] = word | PENDING
         else:
             u32[at] = word | PENDING | LINKED
-            priority = channel.priority
-            if self._append(vcpu_id, priority, channel):
+            # Put at the end of its queue. If it was the tail of the queue it was last on, that queue is empty now;
+            # nobody may be linked to it there.
+            old_tails = self._tails[channel.last_vcpu]
+            if old_tails[channel.last_priority] == port:
+                old_tails[channel.last_priority] = 0
+            channel.last_vcpu = vcpu_id
+            channel.last_priority = priority = channel.priority
+            tails = self._tails[vcpu_id]
+            tail = tails[priority]
+            tails[priority] = port
+            tail_at = array[tail >> WORD_SHIFT] + (tail & WORD_MASK) if tail else 0
+            if tail_at and (tail_word := u32[tail_at]) & LINKED:
+                u32[tail_at] = (tail_word & ~(BUSY | EVTCHN_FIFO_LINK_MASK)) | port
+            else:
+                # The queue's new head.
+                u32[control + FIFO_CONTROL_HEAD // 4 + priority] = port
                 ready = u32[control]
                 if not ready >> priority & 1:
                     u32[control] = ready | 1 << priority
@@ -148,28 +162,6 @@ class Fifo:
                         vcpu.kick()
         if self._domain.pollers and not word & PENDING:
             check_pollers(self._domain, port)
-
-    def _append(self, vcpu_id: int, priority: int, channel: Channel) -> bool:
-        """Put a port, LINKED just now, at the end of a queue. True: it is the queue's new head."""
-        u32, port = self._u32, channel.port
-        tails = self._tails[vcpu_id]
-        # If it was the tail of the queue it was last on, that queue is empty now; nobody may be linked to it
-        # there.
-        old_tails = self._tails[channel.last_vcpu]
-        if old_tails[channel.last_priority] == port:
-            old_tails[channel.last_priority] = 0
-        channel.last_vcpu = vcpu_id
-        channel.last_priority = priority
-        tail = tails[priority]
-        tails[priority] = port
-        if tail:
-            at = self._array[tail >> WORD_SHIFT] + (tail & WORD_MASK)
-            word = u32[at]
-            if word & LINKED:
-                u32[at] = (word & ~(BUSY | EVTCHN_FIFO_LINK_MASK)) | port
-                return False
-        u32[self._control[vcpu_id] + FIFO_CONTROL_HEAD // 4 + priority] = port
-        return True
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.
