@@ -20,22 +20,6 @@ static void state(const char *name)
     say("%s: upcalls %u pending %d mask %d sel %lx ipi pending %ld fired %u\n", name, upcalls, VI->upcall_pending, VI->upcall_mask,
         VI->pending_sel, SI->pending[0] >> ipi & 1, fired[ipi]);
 }
-static u64 now(void)
-{
-    u32 v;
-    u64 tsc, t;
-    do {
-        v = VI->time.version;
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        u32 lo, hi;
-        __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
-        tsc = ((u64)hi << 32 | lo) - VI->time.tsc_timestamp;
-        tsc = VI->time.tsc_shift < 0 ? tsc >> -VI->time.tsc_shift : tsc << VI->time.tsc_shift;
-        t = VI->time.system_time + (u64)((unsigned __int128)tsc * VI->time.tsc_to_system_mul >> 32);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    } while ((v & 1) || v != VI->time.version);
-    return t;
-}
 #define MS 1000000ul
 
 void test(void)

@@ -281,3 +281,19 @@ void kmain(struct start_info *start)
     say("done\n");
     shutdown(0);
 }
+
+u64 now(void)
+{
+    u32 v, lo, hi;
+    u64 tsc, t;
+    do {
+        v = VI->time.version;
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
+        tsc = ((u64)hi << 32 | lo) - VI->time.tsc_timestamp;
+        tsc = VI->time.tsc_shift < 0 ? tsc >> -VI->time.tsc_shift : tsc << VI->time.tsc_shift;
+        t = VI->time.system_time + (u64)((unsigned __int128)tsc * VI->time.tsc_to_system_mul >> 32);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    } while ((v & 1) || v != VI->time.version);
+    return t;
+}

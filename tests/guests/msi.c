@@ -40,21 +40,6 @@ static volatile u32 *mmio(u32 page, u64 address, u64 flags)
     rc("map registers", remap(pages[page], (address & ~0xffful) | P | PCD | A | D | flags));
     return (volatile u32 *)pages[page];
 }
-static u64 now(void)
-{
-    u32 v, lo, hi;
-    u64 tsc, t;
-    do {
-        v = VI->time.version;
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
-        tsc = ((u64)hi << 32 | lo) - VI->time.tsc_timestamp;
-        tsc = VI->time.tsc_shift < 0 ? tsc >> -VI->time.tsc_shift : tsc << VI->time.tsc_shift;
-        t = VI->time.system_time + (u64)((unsigned __int128)tsc * VI->time.tsc_to_system_mul >> 32);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    } while ((v & 1) || v != VI->time.version);
-    return t;
-}
 static void enable(u32 slot, u32 id, u16 bit) /* Xen lets only 16 bits of it be written */
 {
     u32 at = capability(slot, id), control = config(slot, at) >> 16;

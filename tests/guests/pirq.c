@@ -19,21 +19,6 @@ static u64 state, settle;
 static u32 rnd(u32 below) { state = state * 6364136223846793005ul + 1442695040888963407ul; return (u32)(state >> 33) % below; }
 static void out(u16 port, u8 v) { __asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port)); }
 static u8 in(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port)); return v; }
-static u64 now(void)
-{
-    u32 v, lo, hi;
-    u64 tsc, t;
-    do {
-        v = VI->time.version;
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
-        tsc = ((u64)hi << 32 | lo) - VI->time.tsc_timestamp;
-        tsc = VI->time.tsc_shift < 0 ? tsc >> -VI->time.tsc_shift : tsc << VI->time.tsc_shift;
-        t = VI->time.system_time + (u64)((unsigned __int128)tsc * VI->time.tsc_to_system_mul >> 32);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    } while ((v & 1) || v != VI->time.version);
-    return t;
-}
 static u32 pin(u32 irq, u32 half)
 {
     struct { u64 base; u32 reg, value; } a = { 0xfec00000ul, 0x10 + 2 * irq + half, 0 };
