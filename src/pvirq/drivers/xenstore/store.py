@@ -132,19 +132,19 @@ class Store(Database):
             perms = (Perm(conn.domid, perms[0].access), *perms[1:])
         if conn.current is not None:
             conn.current.node_created = True
-        name = missing[-1][missing[-1].rfind("/") + 1 :]
-        top = Node(existing.path, existing.value, (*existing.children, name), existing.perms, 0)
         # Bottom up, so that a failure leaves nothing that the tree can reach.
         made: list[Node] = []
+        below: tuple[str, ...] = ()
         try:
-            for i, new in enumerate(missing):
+            for new in missing:
                 if conn.unprivileged and account is not None and account.entries >= self.quotas.nodes:
                     raise XenError(Errno.ENOSPC, "too many nodes")
-                below = (missing[i - 1][len(new) + 1 :],) if i else ()
-                node = self.write_node(conn, Node(new, b"" if i else value, below, perms, 0))
+                node = self.write_node(conn, Node(new, value, below, perms, 0))
                 made.append(node)
                 self.count_entry(conn, node, 1)
-            top = self.write_node(conn, top)
+                value, below = b"", (new[new.rfind("/") + 1 :],)
+            children = existing.children + below
+            top = self.write_node(conn, Node(existing.path, existing.value, children, existing.perms, 0))
         except XenError:
             for node in made:
                 self._undo_create(conn, node)
@@ -400,9 +400,8 @@ class Store(Database):
             elif not exact:
                 entry.exact = False
             return
-        watches = self._watches
-        hits = list(watches.get(path, ()))
-        above = path
+        watches, above = self._watches, path
+        hits = [*watches[path]] if path in watches else []
         while not exact and above != "/":
             above = above[: above.rfind("/")] or "/"  # parent_of
             if above in watches:
