@@ -86,25 +86,22 @@ class ModelledGuest:
 
     def disk(self, vdev: str) -> BlkFront:
         """A disk of its, as "xvda". XenError(ENXIO): it has no such disk (yet)."""
-        return self._device("vbd", vdev_number(vdev), BlkFront)
+        devid = vdev_number(vdev)
+        return self._need(self._device("vbd", devid, BlkFront), "vbd", devid)
 
     def nic(self, devid: int = 0) -> NetFront:
         """A network interface of its, by number. XenError(ENXIO)."""
-        return self._device("vif", devid, NetFront)
+        return self._need(self._device("vif", devid, NetFront), "vif", devid)
 
     def has_nic(self, devid: int) -> bool:
         """There is such an interface, and it is connected."""
-        try:
-            return self.nic(devid).ready.done
-        except XenError:
-            return False
+        nic = self._device("vif", devid, NetFront)
+        return nic is not None and nic.ready.done
 
     def has_disk(self, vdev: str) -> bool:
         """The same for a disk."""
-        try:
-            return self.disk(vdev).ready.done
-        except XenError:
-            return False
+        disk = self._device("vbd", vdev_number(vdev), BlkFront)
+        return disk is not None and disk.ready.done
 
     def wait_disk(self, vdev: str) -> Body[BlkFront]:
         """Wait in a thread of the guest's until a disk is there and connected; XenError(ETIMEDOUT) after 10 s."""
@@ -123,11 +120,14 @@ class ModelledGuest:
                 raise XenError(Errno.ETIMEDOUT, f"{name} of {self.name} doesn't connect")
             yield from sleep(self.kernel, PROBE_NS)
 
-    def _device(self, kind: str, devid: int, driver: type[D]) -> D:
+    def _device(self, kind: str, devid: int, driver: type[D]) -> D | None:
         device = self.xenbus.frontends.devices.get(f"device/{kind}/{devid}")
-        if device is None or not isinstance(device.driver, driver):
+        return device.driver if device is not None and isinstance(device.driver, driver) else None
+
+    def _need(self, driver: D | None, kind: str, devid: int) -> D:
+        if driver is None:
             raise XenError(Errno.ENXIO, f"{self.name} has no {kind} {devid}")
-        return device.driver
+        return driver
 
     def proc_interrupts(self) -> str:
         """The text of its /proc/interrupts."""

@@ -25,7 +25,7 @@ UserHandler = Callable[[int], object]
 """A daemon's reaction to a port; unless it returns False, the port is unmasked afterwards."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _UserPort:
     port: int
     irq: int
@@ -102,9 +102,10 @@ class EvtchnUser:
 
     def _read(self) -> None:
         """The daemon wakes up: read(), react, write(), until the ring is empty."""
-        while self._ring:
-            port = self._ring.popleft()
-            user_port = self._ports.get(port)
+        ring, ports = self._ring, self._ports
+        while ring:
+            port = ring.popleft()
+            user_port = ports.get(port)
             if user_port is None or user_port.enabled:
                 continue  # unbound since, or bound anew
             if user_port.handler is None or user_port.handler(port) is not False:

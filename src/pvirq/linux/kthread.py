@@ -26,6 +26,8 @@ Body = Generator["Completion[Any]", Any, T]
 class Completion(Generic[T]):
     """Something that will be done once, with a result or an error (struct completion)."""
 
+    __slots__ = ("_error", "_result", "_waiting", "done")
+
     def __init__(self) -> None:
         self.done = False
         self._result: T | None = None
@@ -45,9 +47,10 @@ class Completion(Generic[T]):
             self._wake()
 
     def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for thread in waiting:
-            thread.wake()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for thread in waiting:
+                thread.wake()
 
     def result(self) -> T:
         """What it was done with; raises what it failed with."""

@@ -6,6 +6,7 @@ block device, or puts the interface on its bridge. A domain may run or be still 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -49,6 +50,7 @@ class Nic:
     mtu: int = 1500
 
 
+@functools.lru_cache(maxsize=256)  # asked again and again by who waits for a disk
 def vdev_number(vdev: str) -> int:
     """The number of a virtual device such as xvda, xvdb1, hda or sda (libxl__device_disk_dev_number).
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pvirq.drivers.xenstore.store import Store
     from pvirq.xen.timer import Clock, Timer
 
+HEADER: Final = XSD_SOCKMSG.size
 # An event that an unprivileged domain doesn't take for so long is dropped (timeout_watch_event_msec).
 WATCH_EVENT_TIMEOUT_NS: Final = 20_000_000_000
 
@@ -79,7 +80,7 @@ class Outgoing:
 
     @property
     def size(self) -> int:
-        return XSD_SOCKMSG.size + len(self.payload)
+        return HEADER + len(self.payload)
 
 
 class Connection:

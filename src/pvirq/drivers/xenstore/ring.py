@@ -30,6 +30,7 @@ from pvirq.abi.xs_wire import (
 from pvirq.drivers.xenstore.protocol import WireConnection
 
 U32: Final = (1 << 32) - 1
+HEADER: Final = XSD_SOCKMSG.size
 
 
 class XenstoreRing:
@@ -77,8 +78,8 @@ class XenstoreRing:
         cons = words[REQ_CONS]
         filled = (words[REQ_PROD] - cons) & U32
         start = cons % XENSTORE_RING_SIZE
-        after = start + XSD_SOCKMSG.size
-        if not XSD_SOCKMSG.size <= filled <= XENSTORE_RING_SIZE or after > XENSTORE_RING_SIZE:
+        after = start + HEADER
+        if not HEADER <= filled <= XENSTORE_RING_SIZE or after > XENSTORE_RING_SIZE:
             return False
         kind, req_id, tx_id, length = XSD_SOCKMSG.unpack_from(self._page, XENSTORE_REQ + start)
         end = after + length
@@ -97,7 +98,7 @@ class XenstoreRing:
         message = conn.out[0]
         cons, prod = words[RSP_CONS], words[RSP_PROD]
         payload = message.payload
-        size = XSD_SOCKMSG.size + len(payload)
+        size = HEADER + len(payload)
         start = prod % XENSTORE_RING_SIZE
         if (
             message.used
@@ -171,7 +172,7 @@ class XenstoreRing:
             if written is None:
                 return
             message.used += written
-            if message.used < XSD_SOCKMSG.size:
+            if message.used < HEADER:
                 return
             message.in_header = False
             message.used = 0
