@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pvirq.scenario.schema import ScenarioError
 from pvirq.xen.timer import NS_PER_S
 
 DATA = Path(__file__).parent / "data/writeup"
+PAGE = Path(__file__).parent.parent / "docs/model.md"
 KERNELS = ("2.6.18", "suse", "pvops", "pvops-2l")
 
 
@@ -77,6 +79,17 @@ def test_the_write_ups_table(name: str, request: pytest.FixtureRequest) -> None:
     numbers = [label for label in sums(listed) if label.isdigit() and label not in ("451", "452")]
     # The same rows are quiet, and among the others the same are busier than others.
     assert ranks(table, numbers) == ranks(listed, numbers)
+
+
+def test_the_guests_counts_are_of_the_order_of_the_write_ups(writeup_guest: dict[str, str]) -> None:
+    listed = sums((DATA / "guest.txt").read_text())
+    for label, count in sums(writeup_guest["guest"]).items():
+        assert listed[label] // 3 <= count <= listed[label] * 3
+
+
+def test_the_page_shows_it_to_the_last_count(writeup_guest: dict[str, str]) -> None:
+    (shown,) = re.findall(r"\$ pvirq model writeup-guest\n(.*?) +\.\.\.\n", PAGE.read_text(), re.DOTALL)
+    assert writeup_guest["guest"].startswith(textwrap.dedent(shown))
 
 
 def test_the_write_ups_sums(writeup_dom0: dict[str, str]) -> None:
