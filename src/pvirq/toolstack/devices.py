@@ -158,23 +158,24 @@ class DeviceManager:
             raise XenError(Errno.EEXIST, f"domain {ref.domid} has {ref.kind} {ref.devid}")
         theirs = Perm.parse(f"n{ref.domid}"), Perm.parse("r0")
         ours = Perm.parse("n0"), Perm.parse(f"r{ref.domid}")
+        frontend, backend, libxl = ref.frontend, ref.backend, ref.libxl
 
         def write(t: Operations) -> None:
-            t.write(f"{ref.libxl}/frontend", ref.frontend)
-            t.write(f"{ref.libxl}/backend", ref.backend)
-            t.mkdir(ref.frontend)
-            t.set_perms(ref.frontend, theirs)
-            t.write(f"{ref.frontend}/backend", ref.backend)
+            t.write(f"{libxl}/frontend", frontend)
+            t.write(f"{libxl}/backend", backend)
+            t.mkdir(frontend)
+            t.set_perms(frontend, theirs)
+            t.write(f"{frontend}/backend", backend)
             for nodes, perms in ((front, theirs), (front_ro, ours)):
                 for key, value in nodes:
-                    t.write(f"{ref.frontend}/{key}", value)
-                    t.set_perms(f"{ref.frontend}/{key}", perms)
-            t.mkdir(ref.backend)
-            t.set_perms(ref.backend, ours)
-            t.write(f"{ref.backend}/frontend", ref.frontend)
+                    t.write(f"{frontend}/{key}", value)
+                    t.set_perms(f"{frontend}/{key}", perms)
+            t.mkdir(backend)
+            t.set_perms(backend, ours)
+            t.write(f"{backend}/frontend", frontend)
             for key, value in back:
-                t.write(f"{ref.backend}/{key}", value)
-                t.write(f"{ref.libxl}/{key}", value)
+                t.write(f"{backend}/{key}", value)
+                t.write(f"{libxl}/{key}", value)
 
         self.store.transact(write)
 

@@ -134,7 +134,7 @@ class Database:
         if old is not None:
             if moved:
                 self.account_memory(old.perms[0].domid, -old.size - key, check=False)
-            else:
+            else:  # one charge for both
                 delta -= old.size + key
         try:
             self.account_memory(owner, delta, check)
@@ -221,11 +221,12 @@ class Database:
         return node
 
     def write_node(self, conn: Connection | None, node: Node, check: bool = True) -> Node:
-        """Store a new node under a new generation; XenError(ENOSPC) for its size, EIO for memory (write_node)."""
+        """Store a new node under a new generation; XenError(ENOSPC) for its size, EIO for memory (write_node).
+
+        No entry of its permissions is to be void: they are those of a node that was found just now, or checked.
+        """
         self.generation += 1
         node.generation = self.generation
-        if len(node.perms) != 1:
-            node = self._adjust_perms(node)
         trans = conn.current if conn is not None else None
         entry = None if trans is None else self._access(conn, node.path, node, read=False)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Final, NamedTuple, TypeGuard
+from typing import Final, NamedTuple
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xs_wire import XENSTORE_REL_PATH_MAX
@@ -106,13 +106,8 @@ def join(parent: str, name: str) -> str:
 
 
 def parse_perms(perms: Iterable[Perm | str]) -> tuple[Perm, ...]:
-    """Permissions given as entries or in the wire's form; XenError(EINVAL). A tuple of entries stays the same one."""
-    given = tuple(perms)
-    return given if _are_entries(given) else tuple(Perm.parse(p) if isinstance(p, str) else p for p in given)
-
-
-def _are_entries(perms: tuple[Perm | str, ...]) -> TypeGuard[tuple[Perm, ...]]:
-    return all(isinstance(perm, Perm) for perm in perms)
+    """Permissions given as entries or in the wire's form; XenError(EINVAL)."""
+    return tuple([perm if isinstance(perm, Perm) else Perm.parse(perm) for perm in perms])
 
 
 def atoi(text: bytes) -> int:
