@@ -48,8 +48,7 @@ class Member:
         """All devices of a guest are in use."""
         guest = self.guest
         return guest is None or (
-            all(guest.has_disk(disk) for disk in self.disks)
-            and all(guest.has_nic(devid) for devid in range(len(self.vifs)))
+            all(map(guest.has_disk, self.disks)) and all(map(guest.has_nic, range(len(self.vifs))))
         )
 
 
