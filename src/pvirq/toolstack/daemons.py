@@ -7,6 +7,7 @@ domain 0's ports and IRQ numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pvirq.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
@@ -60,10 +61,11 @@ class Daemons:
         grants.set_entry(GNTTAB_RESERVED_XENSTORE, 0, info.store_mfn)
         write_domain(self.store, info)
         page, store_events, console_events = domain.machine.page, self.xenstored_events, self.xenconsoled_events
-        ends = Ends()
-        ring = self.xenstored.introduce(domain.domid, page(info.store_mfn), lambda: store_events.notify(ends.store))
+        ends, store_page = Ends(), page(info.store_mfn)
+        ring = self.xenstored.introduce(domain.domid, store_page, lambda: None)  # its port isn't known yet
         console.attach(page(info.console_mfn), lambda: console_events.notify(ends.console))
         ends.store = store_events.bind_interdomain(domain.domid, info.store_port, lambda _port: ring.service())
+        ring.bind(store_page, partial(store_events.notify, ends.store))
         ends.console = console_events.bind_interdomain(domain.domid, info.console_port, lambda _port: console.service())
         return ends
 

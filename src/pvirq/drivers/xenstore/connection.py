@@ -78,10 +78,6 @@ class Outgoing:
     def header(self) -> bytes:
         return XSD_SOCKMSG.pack(self.message_type, self.req_id, self.tx_id, len(self.payload))
 
-    @property
-    def size(self) -> int:
-        return HEADER + len(self.payload)
-
 
 class Connection:
     """One user of the store and the messages that wait for it.
@@ -128,7 +124,7 @@ class Connection:
         event.message_type = XS_WATCH_EVENT
         event.payload = payload
         try:
-            self.store.account_memory(self.domid, event.size)
+            self.store.account_memory(self.domid, HEADER + len(payload))
         except XenError:
             return
         if not special:
@@ -152,7 +148,7 @@ class Connection:
         """A message is delivered or dropped: settle what it counted for (free_buffered_data)."""
         self.out.remove(message)  # all but always the first
         message.queued = False
-        self.store.account_memory(self.domid, -message.size, check=False)
+        self.store.account_memory(self.domid, -HEADER - len(message.payload), check=False)
         if message.watch is not None:
             self._pending_events.discard(_event_key(message.watch, message.payload))
             if self._timer is not None and not any(other.deadline is not None for other in self.out):

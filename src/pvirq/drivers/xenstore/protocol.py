@@ -39,7 +39,7 @@ from pvirq.abi.xs_wire import (
     XSD_ERRORS,
     XSD_SOCKMSG,
 )
-from pvirq.drivers.xenstore.connection import Account, Connection, Outgoing
+from pvirq.drivers.xenstore.connection import HEADER, Account, Connection, Outgoing
 from pvirq.drivers.xenstore.control import control
 from pvirq.drivers.xenstore.node import U32, Perm, atoi
 
@@ -179,7 +179,7 @@ class WireConnection(Connection):
         message.payload = payload
         try:
             # Short replies are beyond quota, so that there is always room for an error.
-            self.store.account_memory(self.domid, message.size, check=len(payload) > 16)
+            self.store.account_memory(self.domid, HEADER + len(payload), check=len(payload) > 16)
         except XenError:
             self._reply_error(Errno.ENOMEM)
             return

@@ -7,6 +7,7 @@ that can't be is the end of the connection.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pvirq.abi.xen import PAGE_SIZE
@@ -27,10 +28,10 @@ from pvirq.abi.xs_wire import (
     XENSTORE_WORDS,
     XSD_SOCKMSG,
 )
+from pvirq.drivers.xenstore.connection import HEADER
 from pvirq.drivers.xenstore.protocol import WireConnection
 
 U32: Final = (1 << 32) - 1
-HEADER: Final = XSD_SOCKMSG.size
 
 
 class XenstoreRing:
@@ -46,7 +47,7 @@ class XenstoreRing:
         self.connection = connection
         self.bind(page, notify)
         connection.on_ignored = self._set_error
-        connection.wake = lambda: connection.daemon.ring_ready(self)
+        connection.wake = partial(connection.daemon.ring_ready, self)
 
     def bind(self, page: memoryview, notify: Callable[[], None]) -> None:
         """Use this page and event channel from now on."""
