@@ -86,7 +86,7 @@ def test_the_same_each_time(scenario: Path, capsys: pytest.CaptureFixture[str]) 
         (["nowhere.toml"], "nowhere.toml: No such file"),
         (["writeup"], "no scenario 'writeup': "),
         (["small.toml", "-i", "h"], "no domain 'h' in small.toml; there are dom0, g"),
-        (["small.toml", "--set", "g.vcpus=99"], "small.toml:6: expected a whole number from 1 to 32"),
+        (["small.toml", "--set", "g.vcpus=99"], "--set g.vcpus=99: expected a whole number from 1 to 32, not 99"),
         (["small.toml", "--seed", "-1"], "--seed"),
         (["small.toml", "--watch"], "--watch needs a terminal"),
     ],

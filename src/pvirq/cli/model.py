@@ -108,7 +108,7 @@ class _Session:
         from pvirq.scenario.run import Run
         from pvirq.scenario.schema import ScenarioError
 
-        messages, name = self._messages, self._scenario.file
+        messages, name = self._messages, self._scenario.source.file
 
         def on_turn() -> None:
             messages.tick()
@@ -147,7 +147,7 @@ class _Session:
                 found = run.find(name)
                 if not found:
                     known = ", ".join(list(run.members)[:8])
-                    raise click.UsageError(f"no domain {name!r} in {self._scenario.file}; there are {known}")
+                    raise click.UsageError(f"no domain {name!r} in {self._scenario.source.file}; there are {known}")
                 views += [(view, member) for member in found]
         if not views:
             shown = self._scenario.show or ["*"]

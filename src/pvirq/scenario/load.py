@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from pvirq.scenario import fields, workload
 from pvirq.scenario.fields import Unexpected
-from pvirq.scenario.schema import Scenario, ScenarioError
-from pvirq.scenario.toml_lines import line_of
+from pvirq.scenario.schema import Scenario, ScenarioError, Source
+from pvirq.scenario.toml_lines import Path as Setting
 
 MAX_FILE: Final = 4 << 20
 _AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
@@ -52,8 +52,8 @@ def _read_shipped(name: str) -> str:
     names = list(shipped())
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        hint = f'did you mean "{near[0]}"?' if near else f"there ship {', '.join(names)}"
-        raise ScenarioError(f"no scenario {name!r}: {hint} A file's name ends in .toml")
+        hint = f'did you mean "{near[0]}"?' if near else f"there ship {', '.join(names)};"
+        raise ScenarioError(f"no scenario {name!r}: {hint} a file's name ends in .toml")
     return resources.files("pvirq.scenario").joinpath("shipped", f"{name}.toml").read_text()
 
 
@@ -64,32 +64,39 @@ def loads(text: str, name: str, overrides: Iterable[str] = ()) -> Scenario:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         where = _AT.search(str(error))
         line = int(where[1]) if where and where[1] else text.count("\n") + 1
-        raise ScenarioError(f"{name}:{line}: {_AT.sub('', str(error))}") from None
+        raise ScenarioError(f"{name}:{line}: not TOML: {_AT.sub('', str(error))}") from None
+    source = Source(name, text)
     for one in overrides:
-        override(raw, one)
+        source.changed[override(raw, one)] = one
     try:
         scenario = _scenario(raw)
     except Unexpected as error:
-        raise ScenarioError(f"{name}:{line_of(text, error.path)}: {error}") from None
-    scenario.file, scenario.text = name, text
+        raise source.error(error) from None
+    scenario.source = source
     return scenario
 
 
-def override(raw: dict[str, Any], text: str) -> None:
-    """Change one setting: "seed=2", "dom0.vcpus=8", "NAME.vcpus=2" for a domain by name. ScenarioError."""
+def override(raw: dict[str, Any], text: str) -> Setting:
+    """Change one setting, whose path is returned: "seed=2", "dom0.vcpus=8", "NAME.vcpus=2" for a domain by name.
+
+    ScenarioError.
+    """
     where, equals, value = text.partition("=")
     parts = where.strip().split(".")
     if not equals or not all(parts):
         raise ScenarioError(f"--set {text}: expected NAME=VALUE, such as seed=2 or dom0.vcpus=8")
     target: Any = raw
+    path: Setting = tuple(parts)
     if len(parts) > 1 and parts[0] not in raw:
-        domains = raw.get("domain")
-        named = [d for d in domains if isinstance(d, dict)] if isinstance(domains, list) else []
-        target = next((domain for domain in named if domain.get("name") == parts[0]), None)
-        if target is None:
-            if parts[0] != "dom0":
-                raise ScenarioError(f"--set {text}: no domain is called {parts[0]!r}")
+        domains: Any = raw.get("domain")
+        names = [d.get("name") if isinstance(d, dict) else None for d in domains] if isinstance(domains, list) else []
+        if parts[0] in names:
+            path = ("domain", names.index(parts[0]), *parts[1:])
+            target = domains[path[1]]
+        elif parts[0] == "dom0":
             target = raw.setdefault("dom0", {})
+        else:
+            raise ScenarioError(f"--set {text}: no domain is called {parts[0]!r}")
         parts = parts[1:]
     for part in parts[:-1]:
         target = target.get(part) if isinstance(target, dict) else None
@@ -99,6 +106,7 @@ def override(raw: dict[str, Any], text: str) -> None:
         target[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         target[parts[-1]] = value.strip()  # a text without quotes
+    return path
 
 
 def _scenario(raw: dict[str, Any]) -> Scenario:

@@ -95,7 +95,7 @@ class Run:
                 self.host.close()
                 raise
         except Unexpected as error:
-            raise scenario.error(error) from None
+            raise scenario.source.error(error) from None
 
     def _host(self) -> Host:
         spec = self.scenario.dom0
@@ -189,7 +189,7 @@ class Run:
                 for member in found:
                     workload.start_on(self, member, random.Random(f"{scenario.seed}/{i}/{member.name}"))
         except Unexpected as error:
-            raise scenario.error(error) from None
+            raise scenario.source.error(error) from None
 
     @property
     def done(self) -> bool:
@@ -207,10 +207,10 @@ class Run:
             self.host.run(lambda: self.done, None if until_ns is None else max(until_ns - clock.now(), 0))
         except HostStuck:
             raise ScenarioError(
-                f"{self.scenario.file}: nothing can happen any more, and the workload isn't done"
+                f"{self.scenario.source.file}: nothing can happen any more, and the workload isn't done"
             ) from None
         except Unexpected as error:
-            raise self.scenario.error(error) from None
+            raise self.scenario.source.error(error) from None
         return self.done
 
     # What there is to see.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.linux.personalities import KERNELS
@@ -20,7 +20,7 @@ from pvirq.scenario.fields import (
     table,
     tables,
 )
-from pvirq.scenario.toml_lines import line_of
+from pvirq.scenario.toml_lines import Path, line_of
 
 if TYPE_CHECKING:
     from pvirq.scenario.workload import Workload
@@ -31,6 +31,22 @@ STYLES: Final = ("source", "writeup")
 
 class ScenarioError(Exception):
     """A scenario can't be run: one line with file, line and what was expected."""
+
+
+@dataclass
+class Source:
+    """Where a scenario came from, for messages: a file's name and text, and what was changed from outside."""
+
+    file: str = ""
+    text: str = ""
+    changed: dict[Path, str] = field(default_factory=dict)  # path of the setting -> NAME=VALUE
+
+    def error(self, error: Unexpected) -> ScenarioError:
+        """A setting is not what it should be: with file and line, or the option that set it."""
+        for path, text in self.changed.items():
+            if error.path[: len(path)] == path:
+                return ScenarioError(f"--set {text}: {error}")
+        return ScenarioError(f"{self.file}:{line_of(self.text, error.path)}: {error}")
 
 
 @dataclass
@@ -89,7 +105,7 @@ class Dom0:
 
 @dataclass
 class Scenario:
-    """A whole scenario. `file` and `text` are where it came from, for messages."""
+    """A whole scenario."""
 
     title: str = setting(string(), "what it shows, in a line", "")
     seed: int = setting(integer(0, (1 << 63) - 1), "what all chance comes from: sectors, sizes, moments", 1)
@@ -103,9 +119,4 @@ class Scenario:
     def __post_init__(self) -> None:
         self.dom0 = self.dom0 or Dom0()
         self.workload: list[Workload] = []  # the loader puts them in
-        self.file = ""
-        self.text = ""
-
-    def error(self, error: Unexpected) -> ScenarioError:
-        """A setting is not what it should be: with file and line."""
-        return ScenarioError(f"{self.file}:{line_of(self.text, error.path)}: {error}")
+        self.source = Source()  # likewise
