@@ -179,6 +179,16 @@ def test_what_is_asked_for_wrongly(ctrl: Ctrl) -> None:
     assert ctrl.ask(99) == (XEN_NETIF_CTRL_STATUS_NOT_SUPPORTED, 0)
 
 
+def test_an_index_run_ahead_ends_the_rings_service_alone(ctrl: Ctrl) -> None:
+    ctrl.ring.req_prod_pvt = 1 << 31
+    ctrl.ring.push_requests()
+    ctrl.guest.kernel.events.notify_remote_via_irq(ctrl.irq)
+    ctrl.host.run()
+    assert ctrl.ring.rsp_prod == 0
+    assert "Impossible number of requests on the control ring" in ctrl.host.dom0.log[-1]
+    assert not ctrl.vif.disabled
+
+
 def test_it_goes_with_the_device(ctrl: Ctrl) -> None:
     set_up(ctrl)
     ctrl.host.do(ctrl.guest.kernel, ctrl.guest.xenbus.frontends.devices["device/vif/0"].unbind())

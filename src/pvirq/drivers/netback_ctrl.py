@@ -131,9 +131,19 @@ class CtrlRing:
         return IRQ_HANDLED
 
     def _action(self) -> None:
-        """xenvif_ctrl_action."""
+        """xenvif_ctrl_irq_fn and xenvif_ctrl_action.
+
+        Linux takes every index for good and works through up to 4 G requests that aren't there. Here the ring is not
+        served any more, and gets no EOI, as netback does it with packets.
+        """
         ring, spurious = self._ring, True
         if self._freed:
+            return
+        if ring.overflow(ring.req_prod):
+            why = (
+                f"Impossible number of requests on the control ring: {ring.req_prod}, of which {ring.req_cons} are done"
+            )
+            self._kernel.printk(f"vif {self._vif.back.dev.ident} {self._vif.name}: {why}")
             return
         while ring.more_requests():
             spurious = False
