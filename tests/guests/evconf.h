@@ -30,22 +30,7 @@ static int runstate(u32 v)
 }
 static int asleep(int v) { return parked[v] && runstate(v) == 2; }
 
-static u64 now(void)
-{
-    volatile struct time_info *t = &vi[driver]->time;
-    u32 version, lo, hi;
-    u64 tsc, ns;
-    do {
-        version = t->version;
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
-        tsc = ((u64)hi << 32 | lo) - t->tsc_timestamp;
-        tsc = t->tsc_shift < 0 ? tsc >> -t->tsc_shift : tsc << t->tsc_shift;
-        ns = t->system_time + (u64)((unsigned __int128)tsc * t->tsc_to_system_mul >> 32);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    } while ((version & 1) || version != t->version);
-    return ns;
-}
+static u64 now(void) { return system_time(&vi[driver]->time); }
 
 /* ---- random numbers: one stream for the driver, one for each vCPU's upcalls ---- */
 static u64 rng, upcall_rng[2];

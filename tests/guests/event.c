@@ -4,6 +4,7 @@
  * and bounds.
  */
 #include "lib.h"
+#define now() system_time(&VI->time)
 
 static u32 ipi, tport;
 static int mask_inside = -1, pending_inside;

@@ -282,18 +282,18 @@ void kmain(struct start_info *start)
     shutdown(0);
 }
 
-u64 now(void)
+u64 system_time(volatile struct time_info *t)
 {
-    u32 v, lo, hi;
-    u64 tsc, t;
+    u32 version, lo, hi;
+    u64 tsc, ns;
     do {
-        v = VI->time.version;
+        version = t->version;
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
         __asm__ volatile("rdtsc" : "=a"(lo), "=d"(hi));
-        tsc = ((u64)hi << 32 | lo) - VI->time.tsc_timestamp;
-        tsc = VI->time.tsc_shift < 0 ? tsc >> -VI->time.tsc_shift : tsc << VI->time.tsc_shift;
-        t = VI->time.system_time + (u64)((unsigned __int128)tsc * VI->time.tsc_to_system_mul >> 32);
+        tsc = ((u64)hi << 32 | lo) - t->tsc_timestamp;
+        tsc = t->tsc_shift < 0 ? tsc >> -t->tsc_shift : tsc << t->tsc_shift;
+        ns = t->system_time + (u64)((unsigned __int128)tsc * t->tsc_to_system_mul >> 32);
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    } while ((v & 1) || v != VI->time.version);
-    return t;
+    } while ((version & 1) || version != t->version);
+    return ns;
 }

@@ -161,6 +161,6 @@ long enter_user(u64 rip, u64 rsp, u64 rflags, u64 vgcf, u64 cs);
 void leave_user(void) __attribute__((noreturn));
 void enable_events(void);
 void disable_events(void);
-u64 now(void);                             /* system time in ns, by the time-stamp counter */
+u64 system_time(volatile struct time_info *t); /* in ns, by the time-stamp counter of the vCPU whose `t` is */
 void test(void);                           /* the kernel itself */
 #endif

@@ -5,6 +5,7 @@
  * Printed at the end, as in pirq.c.
  */
 #include "lib.h"
+#define now() system_time(&VI->time)
 
 #define PHYS(op, arg) HC2(HC_physdev_op, op, arg)
 #define COUNT 6 /* 0 to 4 are entries of MSI-X, 5 the edu's message */

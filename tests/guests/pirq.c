@@ -6,6 +6,7 @@
  * Nothing is printed before the end: a character takes the serial line 87 us, and an EOI that is due for 1 ms is forced.
  */
 #include "lib.h"
+#define now() system_time(&VI->time)
 
 #define PHYS(op, arg) HC2(HC_physdev_op, op, arg)
 enum { BYTE, READ, EOI, MASK, UNMASK, CONSUME, BIND, CLOSE, TRIGGER, WAIT, NOTIFY, MOVE, OPS };
