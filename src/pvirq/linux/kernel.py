@@ -92,7 +92,8 @@ class Kernel(Generic[P]):
         return -(-jiffies * NS_PER_S // self.events.hz)
 
     def printk(self, message: str) -> None:
-        self.log.append(message)
+        # What other domains wrote may be in it, which needn't be text: whoever prints the log isn't to fail.
+        self.log.append(message.encode("utf-8", "backslashreplace").decode())
 
     # Coming up, going down.
 
