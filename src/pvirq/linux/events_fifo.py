@@ -30,6 +30,12 @@ MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
 UNLINKED: Final = ~(LINKED | EVTCHN_FIFO_LINK_MASK)
+# The flags are looked at and changed as the top byte of their word: small numbers, which Python doesn't allocate.
+FLAG_PENDING: Final = PENDING >> 24
+FLAG_MASKED: Final = MASKED >> 24
+FLAG_LINKED: Final = LINKED >> 24
+PENDING_OR_MASKED: Final = FLAG_PENDING | FLAG_MASKED
+UNMASKED: Final = ~(FLAG_MASKED | BUSY >> 24)
 _READY: Final = FIFO_CONTROL_READY // 4
 _HEAD: Final = FIFO_CONTROL_HEAD // 4
 _ALL_MASKED: Final = MASKED.to_bytes(4, "little") * WORDS_PER_PAGE
@@ -43,6 +49,7 @@ class EventsFifo:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self._u32 = domain.machine.u32
+        self._mem = domain.machine.mem
         self._control: dict[int, int] = {}  # cpu -> index in u32 of its control block
         self._heads = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
         self._pages: list[int] = []  # index in u32 of each event array page
@@ -118,7 +125,8 @@ class EventsFifo:
         return self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
 
     def clear_pending(self, port: int) -> None:
-        self._u32[self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)] &= ~PENDING
+        at = (self._pages[port >> WORD_SHIFT] + (port & WORD_MASK) << 2) + 3
+        self._mem[at] &= ~FLAG_PENDING
 
     def set_pending(self, port: int) -> None:
         self._u32[self._word(port)] |= PENDING
@@ -131,23 +139,23 @@ class EventsFifo:
 
     def mask_and_clear(self, port: int) -> None:
         """`mask`, then `clear_pending`."""
-        at = self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
-        self._u32[at] = self._u32[at] & ~PENDING | MASKED
+        mem, at = self._mem, (self._pages[port >> WORD_SHIFT] + (port & WORD_MASK) << 2) + 3
+        mem[at] = mem[at] & ~FLAG_PENDING | FLAG_MASKED
 
     def is_masked(self, port: int) -> bool:
         return bool(self._u32[self._word(port)] & MASKED)
 
     def unmask(self, port: int) -> None:
         """Clear MASKED in place, or by hypercall where the port is pending, for then Xen must link it."""
-        word = self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
-        value = self._u32[word]
-        if not value & MASKED:
+        mem, at = self._mem, (self._pages[port >> WORD_SHIFT] + (port & WORD_MASK) << 2) + 3
+        flags = mem[at]
+        if not flags & FLAG_MASKED:
             return
-        if value & PENDING:
+        if flags & FLAG_PENDING:
             with contextlib.suppress(XenError):  # the kernel ignores what this hypercall returns
                 evtchn.unmask(self._domain, port)
             return
-        self._u32[word] = value & ~(MASKED | BUSY)
+        mem[at] = flags & UNMASKED
 
     def handle_events(self, cpu: int, handle: Callable[[int], None] | None) -> None:
         """Consume this CPU's queues, the highest priority first, until none is ready.
@@ -157,7 +165,7 @@ class EventsFifo:
         control = self._control.get(cpu)
         if control is None:
             return
-        u32, pages, heads = self._u32, self._pages, self._heads[cpu]
+        u32, mem, pages, heads = self._u32, self._mem, self._pages, self._heads[cpu]
         ready_at, heads_at = control + _READY, control + _HEAD
         ready, u32[ready_at] = u32[ready_at], 0
         while ready:
@@ -165,12 +173,15 @@ class EventsFifo:
             # A local head of 0: the tail was reached last time, Xen has put a new one in the control block.
             port = heads[queue] or u32[heads_at + queue]
             word = pages[port >> WORD_SHIFT] + (port & WORD_MASK)
-            value = u32[word]
-            u32[word] = value & UNLINKED
-            link = value & EVTCHN_FIFO_LINK_MASK
-            if link == 0:
+            link = u32[word] & EVTCHN_FIFO_LINK_MASK
+            at = (word << 2) + 3
+            flags = mem[at]
+            if link:
+                u32[word] &= UNLINKED
+            else:
+                mem[at] = flags & ~FLAG_LINKED
                 ready &= ~(1 << queue)
-            if value & (PENDING | MASKED) == PENDING and handle is not None:
+            if flags & PENDING_OR_MASKED == FLAG_PENDING and handle is not None:
                 handle(port)
             heads[queue] = link
             more = u32[ready_at]

@@ -39,6 +39,12 @@ PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
+# In sending, the flags are looked at and changed as the top byte of their word: small numbers, which Python doesn't
+# allocate.
+FLAG_PENDING: Final = PENDING >> 24
+FLAG_LINKED: Final = LINKED >> 24
+MASKED_OR_LINKED: Final = (MASKED | LINKED) >> 24
+PENDING_AND_LINKED: Final = (PENDING | LINKED) >> 24
 WORDS_PER_PAGE: Final = PAGE_SIZE // 4
 WORD_SHIFT: Final = 10
 WORD_MASK: Final = WORDS_PER_PAGE - 1
@@ -130,12 +136,13 @@ class Fifo:
         control = self._control[vcpu_id]
         if not control:
             return  # the guest must not unmask before it has set this up: the event is lost
-        u32 = self._u32
-        word = u32[at]
-        if word & (MASKED | LINKED):
-            u32[at] = word | PENDING
+        u32, mem = self._u32, self._mem
+        flags_at = (at << 2) + 3
+        flags = mem[flags_at]
+        if flags & MASKED_OR_LINKED:
+            mem[flags_at] = flags | FLAG_PENDING
         else:
-            u32[at] = word | PENDING | LINKED
+            mem[flags_at] = flags | PENDING_AND_LINKED
             # Put at the end of its queue. If it was the tail of the queue it was last on, that queue is empty now;
             # nobody may be linked to it there.
             old_tails = self._tails[channel.last_vcpu]
@@ -147,20 +154,20 @@ class Fifo:
             tail = tails[priority]
             tails[priority] = port
             tail_at = array[tail >> WORD_SHIFT] + (tail & WORD_MASK) if tail else 0
-            if tail_at and (tail_word := u32[tail_at]) & LINKED:
-                u32[tail_at] = (tail_word & ~(BUSY | EVTCHN_FIFO_LINK_MASK)) | port
+            if tail_at and mem[(tail_at << 2) + 3] & FLAG_LINKED:
+                u32[tail_at] = (u32[tail_at] & ~(BUSY | EVTCHN_FIFO_LINK_MASK)) | port
             else:
                 # The queue's new head.
                 u32[control + FIFO_CONTROL_HEAD // 4 + priority] = port
                 ready = u32[control]
                 if not ready >> priority & 1:
                     u32[control] = ready | 1 << priority
-                    mem, info = self._mem, vcpu.info  # mark_events_pending, without its call
-                    flag = mem[info]
-                    if not flag & 1:
-                        mem[info] = flag | 1
+                    info = vcpu.info  # mark_events_pending, without its call
+                    upcall = mem[info]
+                    if not upcall & 1:
+                        mem[info] = upcall | 1
                         vcpu.kick()
-        if self._domain.pollers and not word & PENDING:
+        if self._domain.pollers and not flags & FLAG_PENDING:
             check_pollers(self._domain, port)
 
     def clear_pending(self, channel: Channel) -> None:
