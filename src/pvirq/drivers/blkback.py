@@ -110,10 +110,7 @@ class BlkBack(Driver):
             yield from dev.switch_state(XenbusState.Closing)
         elif state in (XenbusState.Closed, XenbusState.Unknown):
             self.disconnect()
-            yield from dev.switch_state(XenbusState.Closed)
-            if state == XenbusState.Closed and (yield from dev.is_online()):
-                return
-            yield from dev.bus.unregister_device(dev)
+            yield from dev.frontend_gone(state)
 
     def _connect_ring(self) -> Body[bool]:
         """Read where the frontend's rings are and map them."""

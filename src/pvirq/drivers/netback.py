@@ -132,10 +132,7 @@ class NetBack(Driver):
             yield from dev.switch_state(XenbusState.Closing)
         elif state in (XenbusState.Closed, XenbusState.Unknown):
             self.disconnect()
-            yield from dev.switch_state(XenbusState.Closed)
-            if state == XenbusState.Closed and (yield from dev.is_online()):
-                return
-            yield from dev.bus.unregister_device(dev)
+            yield from dev.frontend_gone(state)
 
     def _connect(self) -> Body[bool]:
         """connect."""

@@ -115,6 +115,13 @@ class Device:
         """A frontend has nothing to lose any more (xenbus_frontend_closed)."""
         yield from self.switch_state(XenbusState.Closed)
 
+    def frontend_gone(self, state: XenbusState) -> Body[None]:
+        """A backend whose frontend is Closed or Unknown closes; it stays if the frontend may come back."""
+        yield from self.switch_state(XenbusState.Closed)
+        if state == XenbusState.Closed and (yield from self.is_online()):
+            return
+        yield from self.bus.unregister_device(self)
+
     def await_backend(self) -> Body[None]:
         """A frontend that begins anew says so and waits until its backend has left the old connection behind
 

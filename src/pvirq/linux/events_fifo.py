@@ -8,32 +8,29 @@ from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import (
-    EVTCHN_FIFO_BUSY,
     EVTCHN_FIFO_LINK_MASK,
-    EVTCHN_FIFO_LINKED,
-    EVTCHN_FIFO_MASKED,
     EVTCHN_FIFO_MAX_QUEUES,
     EVTCHN_FIFO_NR_CHANNELS,
-    EVTCHN_FIFO_PENDING,
     FIFO_CONTROL_HEAD,
     FIFO_CONTROL_READY,
 )
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
+from pvirq.xen.evtchn_fifo import (
+    BUSY,
+    FLAG_LINKED,
+    FLAG_MASKED,
+    FLAG_PENDING,
+    LINKED,
+    MASKED,
+    PENDING,
+    WORD_MASK,
+    WORD_SHIFT,
+    WORDS_PER_PAGE,
+)
 
-WORDS_PER_PAGE: Final = PAGE_SIZE // 4
-WORD_SHIFT: Final = 10
-WORD_MASK: Final = WORDS_PER_PAGE - 1
-PENDING: Final = 1 << EVTCHN_FIFO_PENDING
-MASKED: Final = 1 << EVTCHN_FIFO_MASKED
-LINKED: Final = 1 << EVTCHN_FIFO_LINKED
-BUSY: Final = 1 << EVTCHN_FIFO_BUSY
 UNLINKED: Final = ~(LINKED | EVTCHN_FIFO_LINK_MASK)
-# The flags are looked at and changed as the top byte of their word: small numbers, which Python doesn't allocate.
-FLAG_PENDING: Final = PENDING >> 24
-FLAG_MASKED: Final = MASKED >> 24
-FLAG_LINKED: Final = LINKED >> 24
 PENDING_OR_MASKED: Final = FLAG_PENDING | FLAG_MASKED
 UNMASKED: Final = ~(FLAG_MASKED | BUSY >> 24)
 _READY: Final = FIFO_CONTROL_READY // 4
@@ -123,6 +120,8 @@ class EventsFifo:
 
     def _word(self, port: int) -> int:
         return self._pages[port >> WORD_SHIFT] + (port & WORD_MASK)
+
+    # Here and wherever each event passes, the flags are a byte (FLAG_*): see `pvirq.xen.evtchn_fifo`.
 
     def clear_pending(self, port: int) -> None:
         at = (self._pages[port >> WORD_SHIFT] + (port & WORD_MASK) << 2) + 3

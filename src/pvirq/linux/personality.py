@@ -106,6 +106,7 @@ class Personality(ABC):
     start_info: StartInfo
     store_port: int  # the channel to xenstored, 0 without; domain 0's kernel makes its own at boot
     multi_queue: bool = False
+    initcalls: list[tuple[str, Callable[[], object]]]  # the drivers by name, in the order in which they begin
     on_xenbus: Callable[[], object]
     on_console: Callable[[], object]
 
@@ -155,9 +156,16 @@ class Personality(ABC):
     def irq_stat(self) -> list[IrqStat]:
         """The architecture's own counts, per CPU."""
 
-    @abstractmethod
     def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
-        """Put a driver, `new`, behind driver `name` in the boot order. KeyError where no driver has that name."""
+        """Put a driver, `new`, behind driver `name` in the boot order: domain 0's ACPI line is behind "xen-pcpu".
+
+        KeyError where no driver has that name.
+        """
+        for i, (other, _) in enumerate(self.initcalls):
+            if other == name:
+                self.initcalls.insert(i + 1, (new, call))
+                return
+        raise KeyError(name)
 
     # For split drivers. XenError as the EVTCHNOP_* gives it, IrqError as request_irq.
 

@@ -111,17 +111,6 @@ class Pvops(EventsPirq, Personality):
 
     # Boot (xen_init_IRQ, arch/x86/xen/{time,smp,smp_pv,spinlock}.c).
 
-    def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
-        """Put a driver behind another in the boot order: domain 0's ACPI line follows "xen-pcpu", and so on.
-
-        KeyError where no driver has that name.
-        """
-        for i, (other, _) in enumerate(self.initcalls):
-            if other == name:
-                self.initcalls.insert(i + 1, (new, call))
-                return
-        raise KeyError(name)
-
     def boot(self) -> None:
         vcpu = self.domain.vcpus[0]
         vcpu.up, vcpu.blocked = True, False

@@ -223,13 +223,6 @@ class XenLinux(XenLinuxPorts):
 
     # Boot.
 
-    def initcall_after(self, name: str, new: str, call: Callable[[], object]) -> None:
-        for i, (other, _) in enumerate(self.initcalls):
-            if other == name:
-                self.initcalls.insert(i + 1, (new, call))
-                return
-        raise KeyError(name)
-
     def boot(self) -> None:
         vcpu = self.domain.vcpus[0]
         vcpu.up, vcpu.blocked = True, False

@@ -39,12 +39,13 @@ PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
 LINKED: Final = 1 << EVTCHN_FIFO_LINKED
 BUSY: Final = 1 << EVTCHN_FIFO_BUSY
-# In sending, the flags are looked at and changed as the top byte of their word: small numbers, which Python doesn't
-# allocate.
+# Where each event passes, the flags are looked at and changed as the top byte of their word: small numbers, which
+# Python doesn't allocate.
 FLAG_PENDING: Final = PENDING >> 24
+FLAG_MASKED: Final = MASKED >> 24
 FLAG_LINKED: Final = LINKED >> 24
-MASKED_OR_LINKED: Final = (MASKED | LINKED) >> 24
-PENDING_AND_LINKED: Final = (PENDING | LINKED) >> 24
+MASKED_OR_LINKED: Final = FLAG_MASKED | FLAG_LINKED
+PENDING_AND_LINKED: Final = FLAG_PENDING | FLAG_LINKED
 WORDS_PER_PAGE: Final = PAGE_SIZE // 4
 WORD_SHIFT: Final = 10
 WORD_MASK: Final = WORDS_PER_PAGE - 1
