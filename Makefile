@@ -1,12 +1,13 @@
 # make run     boot a Linux PV guest and show the interrupts on both sides
 # make test    everything that is checked: style, types, import floors, tests
+# make fuzz    the property tests with fresh random examples instead of the fixed ones of make test
 # make conformance   event channels against real Xen in QEMU, with fresh seeds (docs/conformance.md)
 # make bench   the benchmarks: medians, and bench.json
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin
 
-.PHONY: run test lint conformance bench setup clean
+.PHONY: run test lint fuzz conformance bench setup clean
 
 run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
@@ -19,6 +20,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: setup
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz -m "not boot" $$(grep -l hypothesis tests/test_*.py)
 
 conformance: setup
 	$(BIN)/python tests/conformance.py $(CONFORMANCE)
