@@ -118,6 +118,7 @@ class Guest:
             toolstack.DomainInfo(
                 domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
                 store_mfn, machine.console_port, console_mfn, cmdline=cmdline, uuid=self.uuid,
+                start_time=host.wallclock(),
             ),
         )  # fmt: skip
 

@@ -158,6 +158,10 @@ class Host:
         guest.boot()
         return guest
 
+    def wallclock(self) -> float:
+        """The time of day in this host: Unix seconds."""
+        return (self.wallclock_ns + self.clock.now()) / NS_PER_S
+
     @cached_property
     def backends(self) -> Backends:
         """Domain 0's block and network backends, its block devices and bridges. They start with their first use."""
@@ -276,6 +280,10 @@ class Host:
             clock.stop()
             if timer is not None:
                 timer.cancel()
+
+    def settle(self, timeout_ns: int = NS_PER_S // 10) -> bool:
+        """Run until every domain is idle, so that what is looked at then is at rest. False: it took too long."""
+        return self.run(lambda: self.quiet, timeout_ns)
 
     @property
     def quiet(self) -> bool:

@@ -65,7 +65,7 @@ class ModelledGuest:
             self.console,
             toolstack.DomainInfo(
                 domain.domid, name, MEMORY_KIB, cpus, cpus, store_port, store_mfn, console_port, console_mfn,
-                uuid=self.uuid,
+                uuid=self.uuid, start_time=host.wallclock(),
             ),
         )  # fmt: skip
 

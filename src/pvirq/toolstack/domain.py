@@ -14,6 +14,8 @@ from pvirq.drivers.xenstore import Client, Perm
 # libxl's default for max_event_channels.
 MAX_EVENT_CHANNELS: Final = 1023
 CONSOLE_LIMIT: Final = 1 << 20
+# What a modelled domain 0 says it has; it takes what it needs and has no balloon.
+DOM0_MEMORY_KIB: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,21 @@ class DomainInfo:
     ramdisk: str = ""
     cmdline: str = ""
     uuid: str = field(default_factory=lambda: str(uuid.UUID(int=0)))
+    start_time: float = 0.0  # Unix seconds at which it is created
 
 
 def write_dom0(store: Client) -> None:
-    """Domain 0's own nodes, as xen-init-dom0 leaves them."""
+    """Domain 0's own nodes, as its kernel, xen-init-dom0 and xl's first look at its memory leave them."""
     store.mkdir("/tool/xenstored")
     for path, value in (
         ("/local/domain/0/control/feature-poweroff", "1"),
         ("/local/domain/0/control/feature-reboot", "1"),
+        ("/local/domain/0/control/feature-suspend", "1"),
         ("/local/domain/0/domid", "0"),
         ("/local/domain/0/name", "Domain-0"),
+        ("/local/domain/0/memory/target", str(DOM0_MEMORY_KIB)),
+        ("/local/domain/0/memory/static-max", str(DOM0_MEMORY_KIB)),
+        ("/local/pool/0/name", "Pool-0"),
     ):
         store.write(path, value)
 
@@ -101,6 +108,7 @@ def write_domain(store: Client, info: DomainInfo) -> None:
         ("cmdline", info.cmdline),
     ):
         node(f"{vm}/image/{key}", read_only, text)
+    node(f"{vm}/start_time", read_only, f"{info.start_time:.2f}")
     _write_console(store, info, guest, libxl)
 
 
@@ -119,8 +127,8 @@ def _write_console(store: Client, info: DomainInfo, guest: str, libxl: str) -> N
         store.write(f"{front}/{key}", str(value))
         store.set_perms(f"{front}/{key}", read_only)
     store.set_perms(front, [f"n{info.domid}", "r0"])
-    store.write(f"{libxl}/device/console/0/frontend", front)
-    store.write(f"{libxl}/device/console/0/backend", back)
+    for key, value in {"frontend": front, "backend": back, **backend}.items():
+        store.write(f"{libxl}/device/console/0/{key}", str(value))
 
 
 def _perms(*texts: str) -> tuple[Perm, ...]:
