@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from image_builder import LINUX_NOTES, PADDR, TEXT, VIRT_BASE, build_elf, note_block
 from pvirq import BuildError, Guest, Host, ImageError
+from pvirq.abi.arch_x86 import SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS
 from pvirq.abi.elfnote import XEN_ELFNOTE_INIT_P2M, XEN_ELFNOTE_MOD_START_PFN
 from pvirq.engine.protocol import RIP, RSI, RSP
 from pvirq.pv.builder import Layout, lay_out
@@ -112,7 +113,8 @@ def test_memory_as_the_kernel_finds_it(host: Host, kernel: bytes) -> None:
     guest = host.boot(kernel, initrd=initrd, append="console=hvc0 quiet", memory=64 * MIB)
     cpu, machine, u64 = guest.machine.cpus[0], guest.domain.machine, guest.domain.machine.u64
     info = start_info(guest)
-    assert (info["nr_pages"], info["flags"], info["mod_len"]) == (16384, 0 if kernel is OLD else 8, len(initrd))
+    flags = SIF_VIRT_P2M_4TOOLS | (0 if kernel is OLD else SIF_MOD_START_PFN)
+    assert (info["nr_pages"], info["flags"], info["mod_len"]) == (16384, flags, len(initrd))
     assert (info["store_evtchn"], info["console_evtchn"]) == (1, 2)
     assert guest.machine.engine.regs[RIP] == TEXT + 0x10
     assert cpu.read(guest.machine.engine.regs[RSI] + 128, 20) == b"console=hvc0 quiet\0\0"

@@ -17,10 +17,12 @@ from pvirq.abi.sched import (
     SHUTDOWN_watchdog,
 )
 from pvirq.drivers.console import Console
-from pvirq.pv import builder
+from pvirq.pv import builder, restore
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage
+from pvirq.pv.save import SavedDomain
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.config import DomainConfig
 from pvirq.toolstack.daemons import Ends
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
@@ -77,13 +79,15 @@ class Guest:
     jumps ahead while it sleeps.
     """
 
-    def __init__(self, host: Host, domain: Domain, machine: PvGuest, name: str) -> None:
+    def __init__(self, host: Host, domain: Domain, machine: PvGuest, config: DomainConfig) -> None:
+        """A name and a uuid that `config` lacks are made up, and written into it."""
         self.host = host
         self.domain = domain
         self.machine = machine
-        self.name = name
+        self.config = config
+        config.name = config.name or f"guest{domain.domid}"
+        config.uuid = config.uuid or str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{config.name}/{domain.domid}"))
         self.image: KernelImage | None = None
-        self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
         self.console = Console()
         self._dom0_ports: Ends | None = None
         self._waiting_for_agent = True
@@ -98,17 +102,28 @@ class Guest:
         if not self.domain.domid:
             builder.build(self.machine, image, initrd, append)
             return
+        self._open_ports()
+        layout = builder.build(self.machine, image, initrd, append)
+        self._connect(self.machine.mfn(layout.xenstore), self.machine.mfn(layout.console))
+
+    def revive(self, saved: SavedDomain) -> None:
+        """Fill the domain with one that was saved, and connect it (as `xl restore` does). RestoreError."""
+        self.machine.on_console_io = self.console.put_direct
+        self._open_ports()
+        rings = restore.restore(self.machine, saved)
+        self._connect(rings.store_mfn, rings.console_mfn)
+        self._waiting_for_agent = False  # who has one has said so long ago
+
+    def _open_ports(self) -> None:
+        """In this order, for the guest's ports are 1 and 2."""
         dom0, machine = self.host.dom0.domain, self.machine
-        # In this order, for the guest's ports are 1 and 2.
         machine.store_port = evtchn.alloc_unbound(dom0, self.domain.domid, 0)
         machine.console_port = evtchn.alloc_unbound(dom0, self.domain.domid, 0)
         machine.uuid = uuid.UUID(self.uuid).bytes
-        layout = builder.build(machine, image, initrd, append)
-        self._connect(machine.mfn(layout.xenstore), machine.mfn(layout.console), append)
 
-    def _connect(self, store_mfn: int, console_mfn: int, cmdline: str) -> None:
+    def _connect(self, store_mfn: int, console_mfn: int) -> None:
         """Tell xenstore of the guest, and give the daemons of domain 0 their ends of its rings."""
-        host, domain, machine = self.host, self.domain, self.machine
+        host, domain, machine, config = self.host, self.domain, self.machine, self.config
         # Domain 0 has them mapped for as long as the guest lives: given back, they must not become another guest's.
         for mfn in (store_mfn, console_mfn):
             machine.tables.get_type(mfn, PGT_WRITABLE)
@@ -116,11 +131,40 @@ class Guest:
             domain,
             self.console,
             toolstack.DomainInfo(
-                domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
-                store_mfn, machine.console_port, console_mfn, cmdline=cmdline, uuid=self.uuid,
-                start_time=host.wallclock(),
+                domain.domid, config.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
+                store_mfn, machine.console_port, console_mfn, kernel=config.kernel, ramdisk=config.ramdisk,
+                cmdline=config.cmdline, uuid=config.uuid, start_time=host.wallclock(),
             ),
         )  # fmt: skip
+
+    def suspend(self, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Ask the guest to suspend itself, and wait until it has: only `resume` or its end can follow.
+
+        GuestError where its kernel doesn't take such requests or ends otherwise, GuestTimeout.
+        """
+        control = f"/local/domain/{self.domain.domid}/control"
+        store = self.host.store
+        if store.read_text(f"{control}/feature-suspend", "") != "1":
+            raise GuestError(f"{self.name} can't be suspended: its kernel doesn't say that it takes such a request")
+        store.write(f"{control}/shutdown", "suspend")
+        limit = None if timeout is None else int(timeout * NS_PER_S)
+        done = self.host.run(lambda: self.ended, limit)
+        if not done:
+            store.write(f"{control}/shutdown", "")
+            raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for {self.name} to suspend")
+        if self.shutdown_reason != "suspend":
+            raise GuestError(f"{self.name} ended ({self.shutdown_reason}) when it was to suspend")
+
+    def resume(self) -> None:
+        """Let a suspended guest go on where it is, as if its suspending had been cancelled (xc_domain_resume, fast).
+
+        Its channels, grants and devices are what they were. GuestError for one that isn't suspended.
+        """
+        if self.shutdown_reason != "suspend":
+            raise GuestError(f"{self.name} is not suspended")
+        self.machine.return_from_suspend(cancelled=True)
+        self.domain.resume()
+        self.host.xenstored.resume(self.domain.domid)
 
     def release(self) -> None:
         """Take back what domain 0 holds of the guest; `Host.destroy` calls this."""
@@ -132,6 +176,16 @@ class Guest:
         self.console.close()
         if self.domain.domid:
             toolstack.remove_domain(host.store, self.domain.domid, self.uuid)
+
+    @property
+    def name(self) -> str:
+        """What the toolstack calls it."""
+        return self.config.name
+
+    @property
+    def uuid(self) -> str:
+        """Its uuid, as text."""
+        return self.config.uuid
 
     @property
     def ended(self) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 from pvirq.abi.errno import Errno, XenError
-from pvirq.abi.xen import VIRQ_DOM_EXC
+from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
 from pvirq.hardware import platform
@@ -26,11 +27,14 @@ from pvirq.linux.kernel import Kernel
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.modelled import ModelledGuest
+from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack import savefile
 from pvirq.toolstack.backends import Backends
+from pvirq.toolstack.config import DEFAULT_MEMORY, DiskConfig, DomainConfig, VifConfig
 from pvirq.toolstack.daemons import Daemons
 from pvirq.toolstack.devices import DeviceRef, Disk, Nic
 from pvirq.xen import evtchn, evtchn_views, irq_views
@@ -39,7 +43,6 @@ from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
 
 MIB: Final = 1 << 20
-DEFAULT_MEMORY: Final = 256 * MIB
 # How long a vCPU runs while another of the host could.
 SLICE_NS: Final = 5_000_000
 
@@ -111,15 +114,31 @@ class Host:
         """
         image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
         data = initrd if isinstance(initrd, bytes) else _read_initrd(Path(initrd))
+        config = DomainConfig(
+            name=name or "", kernel=_path(kernel), ramdisk=_path(initrd), cmdline=append, memory=memory, vcpus=vcpus
+        )
+        guest = self._new_guest(config, memory)
+        try:
+            guest.start(image, data, append)
+        except BaseException:
+            self.destroy(guest)
+            raise
+        return guest
+
+    def _new_guest(self, config: DomainConfig, memory: int) -> Guest:
+        """A domain with `memory` bytes, an engine, and nothing in it. BuildError, EngineError."""
+        vcpus = max(config.vcpus, config.maxvcpus)
         try:
             if self.has_dom0:
-                domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+                domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=config.max_event_channels)
             else:
                 domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
         except XenError as error:
             raise BuildError(error.why) from None
         try:
-            machine = PvGuest(domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns)
+            machine = PvGuest(
+                domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns, max_memory_bytes=config.maxmem
+            )
         except EngineError:
             self.hypervisor.destroy_domain(domain)
             raise
@@ -131,10 +150,44 @@ class Host:
             self._clocked = True
             self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
         self.clock.on_offset(machine.engine.set_tsc_offset)
-        guest = Guest(self, domain, machine, name or f"guest{domain.domid}")
+        guest = Guest(self, domain, machine, config)
         self.guests.append(guest)
+        return guest
+
+    def save(self, guest: Guest, file: str | os.PathLike[str] | BinaryIO, *, checkpoint: bool = False) -> None:
+        """Suspend a guest, write it to a file in xl's format and end it; with `checkpoint` it goes on (xl save [-c]).
+
+        GuestError where it doesn't suspend, SaveError where its memory can't be understood, OSError. Then it goes on.
+        """
+        guest.suspend()
         try:
-            guest.start(image, data, append)
+            saved = save.save(guest.machine)
+            with _opened(file, "wb") as out:
+                savefile.write(out, guest.config, saved)
+        except BaseException:
+            guest.resume()
+            raise
+        if checkpoint:
+            guest.resume()
+        else:
+            self.destroy(guest)
+
+    def restore(self, file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None) -> Guest:
+        """A guest from a file that `save` or a real `xl save` wrote, in a new domain; it goes on when the host runs.
+
+        Its devices are attached anew, as its configuration says. SaveFileError, RestoreError, BuildError; OSError.
+        """
+        with _opened(file, "rb") as source:
+            config, saved = savefile.read(source)
+        if name is not None:
+            config.name = name
+        guest = self._new_guest(config, len(saved.pfns) << PAGE_SHIFT)
+        try:
+            guest.revive(saved)
+            for disk in config.disks:
+                self._attach_disk(guest, disk)
+            for number, vif in enumerate(config.vifs):
+                self._attach_nic(guest, vif, number if vif.devid is None else vif.devid)
         except BaseException:
             self.destroy(guest)
             raise
@@ -173,7 +226,13 @@ class Host:
         It connects as the host runs; a real guest's kernel needs its frontend driver for that. XenError(EEXIST),
         ValueError for a `vdev` that is none.
         """
-        disk = Disk(vdev, device, readonly)
+        disk = DiskConfig(device, vdev, readonly=readonly)
+        ref = self._attach_disk(guest, disk)
+        guest.config.disks.append(disk)
+        return ref
+
+    def _attach_disk(self, guest: Guest | ModelledGuest, config: DiskConfig) -> DeviceRef:
+        disk = Disk(config.vdev, config.target, config.readonly, config.removable)
         self.backends.manager.attach_disk(guest.domain.domid, disk)
         return DeviceRef(guest.domain.domid, "vbd", disk.devid)
 
@@ -183,7 +242,14 @@ class Host:
         """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST)."""
         domid = guest.domain.domid
         mac = mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
-        self.backends.manager.attach_nic(domid, Nic(devid, mac, bridge))
+        vif = VifConfig(mac, bridge, devid)
+        ref = self._attach_nic(guest, vif, devid)
+        guest.config.vifs.append(vif)
+        return ref
+
+    def _attach_nic(self, guest: Guest | ModelledGuest, config: VifConfig, devid: int) -> DeviceRef:
+        domid = guest.domain.domid
+        self.backends.manager.attach_nic(domid, Nic(devid, config.mac, config.bridge, config.mtu))
         return DeviceRef(domid, "vif", devid)
 
     def pause(self, guest: Guest | ModelledGuest) -> None:
@@ -382,6 +448,17 @@ class Host:
 
 def _factory(kernel: str | KernelFactory) -> KernelFactory:
     return personalities.find(kernel) if isinstance(kernel, str) else kernel
+
+
+def _path(source: object) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
+
+
+def _opened(file: str | os.PathLike[str] | BinaryIO, mode: str) -> AbstractContextManager[BinaryIO]:
+    """A file by name, to be closed; one that is open stays open."""
+    if isinstance(file, (str, os.PathLike)):
+        return cast(BinaryIO, open(file, mode))
+    return nullcontext(file)
 
 
 def _read_initrd(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from pvirq.linux.kthread import Body, sleep
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.toolstack import domain as toolstack
+from pvirq.toolstack.config import DomainConfig
 from pvirq.toolstack.daemons import Ends
 from pvirq.toolstack.devices import vdev_number
 from pvirq.xen import evtchn
@@ -47,6 +48,7 @@ class ModelledGuest:
         self.domain = domain
         self.name = name
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
+        self.config = DomainConfig(name=name, memory=MEMORY_KIB << 10, vcpus=len(domain.vcpus), uuid=self.uuid)
         self.console = Console()
         domain.grant_table = GrantTable(domain)
         dom0, machine = host.dom0.domain, domain.machine

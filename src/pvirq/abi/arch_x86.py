@@ -24,6 +24,7 @@ TI_DPL: Final = 3
 TI_IF: Final = 4
 
 # struct iret_context and its flags.
+VGCF_i387_valid: Final = 1 << 0
 VGCF_in_kernel: Final = 1 << 2
 VGCF_failsafe_disables_events: Final = 1 << 3
 VGCF_syscall_disables_events: Final = 1 << 4
@@ -53,6 +54,7 @@ START_INFO_MAGIC: Final = b"xen-3.0-x86_64"
 SIF_PRIVILEGED: Final = 1 << 0
 SIF_INITDOMAIN: Final = 1 << 1
 SIF_MOD_START_PFN: Final = 1 << 3
+SIF_VIRT_P2M_4TOOLS: Final = 1 << 4  # the tools find a p2m list by its virtual address: no tree of frames is needed
 MAX_GUEST_CMDLINE: Final = 1024
 
 # vm_assist

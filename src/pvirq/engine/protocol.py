@@ -156,6 +156,14 @@ class Engine(Protocol):
         """End the current run at the next instruction boundary; from the handler or from any thread."""
         ...
 
+    def fpu_state(self) -> bytes:
+        """The x87 and SSE registers as FXSAVE64 writes them, 512 bytes."""
+        ...
+
+    def set_fpu_state(self, image: bytes) -> None:
+        """Load what `fpu_state` returned, of an engine of any kind."""
+        ...
+
     def save(self) -> bytes:
         """The CPU's whole architectural state, for `restore` on an engine of the same kind."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import time
 from typing import Any, Final
 
@@ -60,6 +61,12 @@ CC_OP_EFLAGS: Final = 1
 FLAGS_ARITHMETIC: Final = 0x8D5
 FLAGS_STORED: Final = 0xFFFFFFFF & ~(FLAGS_ARITHMETIC | FLAG_DF)
 STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
+
+# An FXSAVE64 image begins with control, status and tag words, opcode, instruction and data pointers, MXCSR, its mask.
+FXSAVE_BYTES, FXSAVE_ST, FXSAVE_XMM = 512, 32, 160
+FXSAVE_HEADER: Final = "<HHBxHQQII"
+MXCSR_MASK: Final = 0xFFFF
+FPSW_TOP: Final = 11
 
 CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
 
@@ -337,6 +344,40 @@ class UnicornEngine:
         self._u32[at // 4] = 0 if not limit else 8  # any selector that is not null
         self._u64[at // 8 + 1], self._u32[at // 4 + 4] = base, limit
         self._u32[at // 4 + 5] = 0x8200 if limit else 0  # present LDT
+
+    # -- floating point --------------------------------------------------------------------------------------------
+
+    def fpu_state(self) -> bytes:
+        read = self._uc.reg_read
+        image = bytearray(FXSAVE_BYTES)
+        # The tag word has two bits a register, 3: empty; FXSAVE's one, 1: in use.
+        tags, status = read(x86.UC_X86_REG_FPTAG), read(x86.UC_X86_REG_FPSW) & 0xFFFF
+        in_use = sum(1 << i for i in range(8) if tags >> 2 * i & 3 != 3)
+        struct.pack_into(
+            FXSAVE_HEADER, image, 0, read(x86.UC_X86_REG_FPCW) & 0xFFFF, status, in_use, 0,
+            0, 0, read(x86.UC_X86_REG_MXCSR), MXCSR_MASK,
+        )  # fmt: skip
+        for i in range(8):  # in the image from the top of the stack, in Unicorn by their places
+            mantissa, exponent = read(x86.UC_X86_REG_FP0 + ((status >> FPSW_TOP) + i & 7))
+            struct.pack_into("<QH", image, FXSAVE_ST + 16 * i, mantissa, exponent & 0xFFFF)
+        for i in range(16):
+            image[FXSAVE_XMM + 16 * i : FXSAVE_XMM + 16 * i + 16] = read(x86.UC_X86_REG_XMM0 + i).to_bytes(16, "little")
+        return bytes(image)
+
+    def set_fpu_state(self, image: bytes) -> None:
+        write = self._uc.reg_write
+        fcw, fsw, in_use, _, _, _, mxcsr, _ = struct.unpack_from(FXSAVE_HEADER, image)
+        write(x86.UC_X86_REG_FPCW, fcw)
+        write(x86.UC_X86_REG_FPSW, fsw)
+        for i in range(8):
+            place = x86.UC_X86_REG_FP0 + ((fsw >> FPSW_TOP) + i & 7)
+            write(place, struct.unpack_from("<QH", image, FXSAVE_ST + 16 * i))
+        # Last: writing a register marks it in use.
+        write(x86.UC_X86_REG_FPTAG, sum(3 << 2 * i for i in range(8) if not in_use >> i & 1))
+        for i in range(16):
+            at = FXSAVE_XMM + 16 * i
+            write(x86.UC_X86_REG_XMM0 + i, int.from_bytes(image[at : at + 16], "little"))
+        write(x86.UC_X86_REG_MXCSR, mxcsr & MXCSR_MASK)
 
     # -- translations and code -------------------------------------------------------------------------------------
 

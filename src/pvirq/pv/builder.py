@@ -21,6 +21,7 @@ from pvirq.abi.arch_x86 import (
     SIF_INITDOMAIN,
     SIF_MOD_START_PFN,
     SIF_PRIVILEGED,
+    SIF_VIRT_P2M_4TOOLS,
     START_INFO_MAGIC,
 )
 from pvirq.abi.xen import (
@@ -222,16 +223,16 @@ def _write_page_tables(guest: PvGuest, image: KernelImage, layout: Layout) -> in
 
 
 def _write_start_info(guest: PvGuest, image: KernelImage, layout: Layout, command: bytes) -> None:
-    flags, initrd = 0, 0
+    flags, initrd = SIF_VIRT_P2M_4TOOLS, 0
     if layout.initrd_size:
         if image.mod_start_pfn:
-            flags, initrd = SIF_MOD_START_PFN, layout.initrd
+            flags, initrd = flags | SIF_MOD_START_PFN, layout.initrd
         else:
             initrd = layout.virt_base + (layout.initrd << PAGE_SHIFT)
     at, mem = guest.address(layout.start_info), guest.domain.machine.mem
     store_mfn, console_mfn = guest.mfn(layout.xenstore), guest.mfn(layout.console)
     if guest.domain.privileged:
-        flags |= SIF_PRIVILEGED | SIF_INITDOMAIN
+        flags = flags & ~SIF_VIRT_P2M_4TOOLS | SIF_PRIVILEGED | SIF_INITDOMAIN  # Xen's own builder doesn't set it
         store_mfn = console_mfn = 0
     struct.pack_into(
         "<32sQQIxxxxQIxxxxQIxxxxQQQQQ", mem, at,
@@ -247,12 +248,18 @@ def _write_start_info(guest: PvGuest, image: KernelImage, layout: Layout, comman
 
 def _write_shared_info(guest: PvGuest) -> None:
     domain, mem = guest.domain, guest.domain.machine.mem
-    for vcpu in domain.vcpus:
-        at = vcpu.info + VCPU_INFO_TIME
-        mem[at : at + vcpu_abi.TIME_INFO_SIZE] = guest.time_info()
     # All that there is room for, not only those of the domain's vCPUs (dom0_construct, libxenguest's shared_info_*).
     for vcpu_id in range(XEN_LEGACY_MAX_VCPUS):
         mem[domain.shared_info + vcpu_id * VCPU_INFO_SIZE + VCPU_INFO_UPCALL_MASK] = 1
+    write_time(guest)
+
+
+def write_time(guest: PvGuest) -> None:
+    """Each vCPU's time and the time of day, where a new domain finds them (update_domain_wallclock_time)."""
+    domain, mem = guest.domain, guest.domain.machine.mem
+    for vcpu in domain.vcpus:
+        at = vcpu.info + VCPU_INFO_TIME
+        mem[at : at + vcpu_abi.TIME_INFO_SIZE] = guest.time_info()
     seconds, nanoseconds = divmod(guest.wallclock_ns, 1_000_000_000)
     at = domain.shared_info
     struct.pack_into("<I", mem, at + SHARED_INFO_WC_VERSION, 2)

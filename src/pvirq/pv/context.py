@@ -1,4 +1,7 @@
-"""struct vcpu_guest_context: the state in which VCPUOP_initialise starts a vCPU (xen/include/public/arch-x86/xen.h)."""
+"""struct vcpu_guest_context (xen/include/public/arch-x86/xen.h): the state of a vCPU, as VCPUOP_initialise sets it.
+
+One is also saved and restored by it, and by struct xen_domctl_ext_vcpucontext for what has no place in it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,21 @@ from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.arch_x86 import (
     FIRST_RESERVED_GDT_ENTRY,
+    FLAT_KERNEL_CS,
     TRAP_INFO,
     TRAP_INFO_SIZE,
     VGCF_failsafe_disables_events,
+    VGCF_i387_valid,
     VGCF_in_kernel,
     VGCF_online,
     VGCF_syscall_disables_events,
 )
 from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.migration import EXT_VCPUCONTEXT, EXT_VCPUCONTEXT_SIZE
 from pvirq.engine.protocol import FLAG_IF, FLAG_IOPL, RIP, RSP
 from pvirq.pv import descriptors
 from pvirq.pv.addresses import addr_ok, canonical
+from pvirq.pv.emulate import CR0_GUEST, CR4_GUEST_WRITABLE
 from pvirq.xen.memory import PGT_L4
 
 if TYPE_CHECKING:
@@ -26,13 +33,18 @@ if TYPE_CHECKING:
 SIZE: Final = 5168
 FLAGS: Final = 512
 USER_REGS: Final = 520
+USER_REGS_RDX: Final = USER_REGS + 12 * 8
 TRAP_CTXT: Final = 720
 LDT: Final = 4816
 GDT_FRAMES: Final = 4832
 GDT_ENTS: Final = 4960
 KERNEL_STACK: Final = 4968
 CTRLREG: Final = 4984
+CR1: Final = CTRLREG + 8  # the root of user mode, with bit 0 set
+CR3: Final = CTRLREG + 24
+DEBUGREG: Final = 5048
 CALLBACKS: Final = 5112
+VM_ASSIST: Final = 5136
 BASES: Final = 5144
 
 # struct cpu_user_regs begins r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi: as Engine.regs numbers.
@@ -108,3 +120,82 @@ def _load_registers(target: PvVcpu, context: bytes, bases: tuple[int, int, int])
     engine.gs_base = user_gs if target.user_mode else kernel_gs
     target.inactive_gs_base = kernel_gs if target.user_mode else user_gs
     engine.rflags = rflags & 0xFFFF & ~FLAG_IOPL | FLAG_IF
+
+
+def capture(cpu: PvVcpu) -> bytes:
+    """The state of a vCPU that doesn't run (arch_get_info_guest). Frames are machine frames."""
+    guest = cpu.guest
+    context = bytearray(SIZE)
+    flags = VGCF_i387_valid | VGCF_online
+    flags |= 0 if cpu.user_mode else VGCF_in_kernel
+    flags |= VGCF_failsafe_disables_events if cpu.failsafe_masks_events else 0
+    flags |= VGCF_syscall_disables_events if cpu.syscall_masks_events else 0
+    struct.pack_into("<Q", context, FLAGS, flags)
+    for vector, (address, cs, trap_flags) in enumerate(cpu.traps):
+        if address:
+            at = TRAP_CTXT + vector * TRAP_INFO_SIZE
+            struct.pack_into(TRAP_INFO, context, at, vector, trap_flags, cs, address)
+    struct.pack_into("<QQ", context, LDT, *(cpu.ldt if cpu.ldt[1] else (0, 0)))
+    struct.pack_into(f"<{len(cpu.gdt_frames)}Q", context, GDT_FRAMES, *cpu.gdt_frames)
+    struct.pack_into("<Q", context, GDT_ENTS, cpu.gdt_entries)
+    struct.pack_into("<QQ", context, KERNEL_STACK, cpu.kernel_ss, cpu.kernel_sp)
+    user_root = cpu.user_root << 12 | 1 if cpu.user_root else 0
+    struct.pack_into("<5Q", context, CTRLREG, CR0_GUEST | cpu.cr0_ts << 3, user_root, 0, cpu.kernel_root << 12, cpu.cr4)
+    struct.pack_into("<8Q", context, DEBUGREG, *cpu.debug_registers)
+    struct.pack_into("<3Q", context, CALLBACKS, cpu.event_callback, cpu.failsafe_callback, cpu.syscall_callback)
+    struct.pack_into("<Q", context, VM_ASSIST, guest.assists)
+    with guest.loaded(cpu):
+        _store_registers(cpu, context)
+    return bytes(context)
+
+
+def _store_registers(cpu: PvVcpu, context: bytearray) -> None:
+    engine, regs = cpu.engine, cpu.regs
+    context[:FLAGS] = engine.fpu_state()
+    struct.pack_into("<15Q", context, USER_REGS, *(regs[number] for number in USER_REGS_ORDER))
+    es, cs, ss, ds, fs, gs = (engine.segment(which) for which in range(6))
+    struct.pack_into("<QH", context, USER_REGS + 128, regs[RIP], cs)
+    struct.pack_into("<QQH", context, USER_REGS + 144, engine.rflags & ~FLAG_IOPL | cpu.iopl, regs[RSP], ss)
+    struct.pack_into("<HxxxxxxHxxxxxxHxxxxxxH", context, USER_REGS + 168, es, ds, fs, gs)
+    kernel_gs, user_gs = cpu.inactive_gs_base, engine.gs_base
+    if not cpu.user_mode:
+        kernel_gs, user_gs = user_gs, kernel_gs
+    struct.pack_into("<3Q", context, BASES, engine.fs_base, kernel_gs, user_gs)
+
+
+def reinstate(cpu: PvVcpu, context: bytes) -> None:
+    """Give a vCPU of a new domain the state that `capture` saw, with machine frames of the new domain's.
+
+    XenError(EINVAL) for what isn't allowed (arch_set_info_guest, for a domain's builder).
+    """
+    if cpu.vcpu.vcpu_id == 0:
+        (cpu.guest.assists,) = struct.unpack_from("<Q", context, VM_ASSIST)
+    initialise(cpu, context)
+    (flags,) = struct.unpack_from("<Q", context, FLAGS)
+    cr0, _, _, _, cr4 = struct.unpack_from("<5Q", context, CTRLREG)
+    cpu.cr0_ts, cpu.cr4 = bool(cr0 >> 3 & 1), cr4 & CR4_GUEST_WRITABLE
+    with cpu.guest.loaded(cpu):
+        cpu.engine.cr0_ts = cpu.cr0_ts
+        if flags & VGCF_i387_valid:
+            cpu.engine.set_fpu_state(context[:FLAGS])
+
+
+def capture_extended(cpu: PvVcpu) -> bytes:
+    """XEN_DOMCTL_get_ext_vcpucontext."""
+    (compat, compat_masks), (sysenter, sysenter_masks) = cpu.syscall32_callback, cpu.sysenter_callback
+    extended = EXT_VCPUCONTEXT.pack(
+        cpu.vcpu.vcpu_id, EXT_VCPUCONTEXT_SIZE, compat, sysenter, FLAT_KERNEL_CS, FLAT_KERNEL_CS, compat_masks,
+        sysenter_masks,
+    )  # fmt: skip
+    return extended.ljust(EXT_VCPUCONTEXT_SIZE, b"\0")
+
+
+def reinstate_extended(cpu: PvVcpu, extended: bytes) -> None:
+    """XEN_DOMCTL_set_ext_vcpucontext. XenError(EINVAL)."""
+    if len(extended) < EXT_VCPUCONTEXT.size:
+        raise XenError(Errno.EINVAL, f"{len(extended)} bytes of extended vCPU context")
+    _, _, compat, sysenter, _, _, compat_masks, sysenter_masks = EXT_VCPUCONTEXT.unpack_from(extended)
+    if not canonical(compat) or not canonical(sysenter):
+        raise XenError(Errno.EINVAL, "a callback's address isn't canonical")
+    cpu.syscall32_callback = (compat, bool(compat_masks))
+    cpu.sysenter_callback = (sysenter, bool(sysenter_masks))

@@ -14,7 +14,7 @@ from pvirq.abi.memory import E820_RAM
 from pvirq.abi.sched import SHUTDOWN_crash
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE, HYPERVISOR_iret, NR_hypercalls
 from pvirq.engine import open_engine
-from pvirq.engine.protocol import RIP
+from pvirq.engine.protocol import RAX, RIP
 from pvirq.pv import descriptors
 from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import GuestCrash
@@ -266,6 +266,11 @@ class PvGuest:
             self._change_runstate(cpu, vcpu_abi.RUNSTATE_blocked)
         else:
             self._change_runstate(cpu, vcpu_abi.RUNSTATE_runnable)
+
+    def return_from_suspend(self, *, cancelled: bool) -> None:
+        """What HYPERVISOR_suspend returns on vCPU 0: 1 where the guest goes on in the same domain."""
+        with self.loaded(self.cpus[0]):
+            self.engine.regs[RAX] = int(cancelled)
 
     def close(self) -> None:
         """Free the engine and Xen's frames; the domain itself is the hypervisor's to destroy."""

@@ -11,7 +11,7 @@ import numpy as np
 from pvirq.abi import memory as abi
 from pvirq.abi.arch_x86 import MACH2PHYS_VIRT_END, MACH2PHYS_VIRT_START
 from pvirq.abi.errno import Errno, XenError
-from pvirq.abi.xen import DOMID_SELF, PAGE_SHIFT
+from pvirq.abi.xen import DOMID_SELF, PAGE_SHIFT, SHARED_INFO_MAX_PFN
 from pvirq.pv.hypercalls.protocol import Preempted
 from pvirq.xen.domain import Domain
 from pvirq.xen.memory import ABANDONED, Machine
@@ -78,7 +78,7 @@ def _maximum_reservation(cpu: PvVcpu, argument: int, start: int) -> int:
 
 def _maximum_gpfn(cpu: PvVcpu, argument: int, start: int) -> int:
     domain = _target_at(cpu, argument, start)
-    (max_pfn,) = struct.unpack_from("<Q", domain.machine.mem, domain.shared_info + 3088)
+    (max_pfn,) = struct.unpack_from("<Q", domain.machine.mem, domain.shared_info + SHARED_INFO_MAX_PFN)
     return int(max_pfn) - 1 if max_pfn else 0
 
 

@@ -1,0 +1,274 @@
+"""Files of saved domains, as `xl save` writes them: xl's header, libxl's stream, libxc's stream of one PV domain.
+
+A file of a real PV domain can be read as well, and what is written here follows the same documents: docs/specs/
+libxc-migration-stream.pandoc and libxl-migration-stream.pandoc, struct save_file_header of tools/xl/xl.h, all of 4.17.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO, Final
+
+import numpy as np
+
+from pvirq.abi import migration as abi
+from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
+from pvirq.pv.save import ENTRIES, MOST_PFNS, SavedDomain, SavedVcpu
+from pvirq.toolstack.config import DomainConfig
+
+PAGES_PER_RECORD: Final = 1024  # MAX_BATCH_SIZE
+XEN_VERSION: Final = (4, 17)
+TYPE_SHIFT: Final = 60
+PFN_MASK: Final = (1 << 52) - 1
+LARGEST_RECORD: Final = 128 << 20  # REC_LENGTH_MAX
+LARGEST_CONFIG: Final = 16 << 20
+MOST_VCPUS: Final = 4096
+# Records that say nothing to a host with one kind of CPU and one clock.
+IGNORED: Final = (abi.REC_X86_TSC_INFO, abi.REC_X86_CPUID_POLICY, abi.REC_X86_MSR_POLICY, abi.REC_STATIC_DATA_END,
+                  abi.REC_VERIFY, abi.REC_X86_PV_VCPU_MSRS, abi.REC_X86_PV_VCPU_XSAVE)  # fmt: skip
+
+
+class SaveFileError(Exception):
+    """No file of a saved PV domain, or a damaged one. One line."""
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(file: BinaryIO, config: DomainConfig, saved: SavedDomain) -> None:
+    """Write a whole file. OSError as writing gives it."""
+    text = json.dumps(config.to_json(), indent=4).encode() + b"\0"
+    flags = abi.XL_MANDATORY_FLAG_JSON | abi.XL_MANDATORY_FLAG_STREAMv2
+    file.write(abi.XL_HEADER.pack(abi.XL_MAGIC, abi.XL_BYTEORDER, flags, 0, len(text) + 4))
+    file.write(struct.pack("<I", len(text)) + text)
+    file.write(abi.LIBXL_HEADER.pack(abi.LIBXL_IDENT, abi.LIBXL_VERSION, 0))
+    _record(file, abi.LIBXL_REC_LIBXC_CONTEXT)
+    _write_libxc(file, saved)
+    _record(file, abi.LIBXL_REC_END)
+
+
+def _record(file: BinaryIO, kind: int, *parts: bytes) -> None:
+    length = sum(map(len, parts))
+    file.write(abi.RECORD.pack(kind, length))
+    for part in parts:
+        file.write(part)
+    file.write(bytes(-length % 8))
+
+
+def _write_libxc(file: BinaryIO, saved: SavedDomain) -> None:
+    file.write(abi.LIBXC_IMAGE_HEADER.pack(abi.LIBXC_MARKER, abi.LIBXC_ID, abi.LIBXC_VERSION, 0, 0, 0))
+    file.write(abi.LIBXC_DOMAIN_HEADER.pack(abi.DOMAIN_TYPE_X86_PV, PAGE_SHIFT, 0, *XEN_VERSION))
+    _record(file, abi.REC_X86_PV_INFO, abi.PV_INFO.pack(8, 4))
+    _record(file, abi.REC_STATIC_DATA_END)
+    frames = struct.pack(f"<{len(saved.p2m_frames)}Q", *saved.p2m_frames)
+    _record(file, abi.REC_X86_PV_P2M_FRAMES, abi.P2M_FRAMES_HEADER.pack(0, saved.max_pfn), frames)
+    has_data = np.zeros(len(saved.pfns), dtype=bool)
+    has_data[saved.rows] = True
+    # A page of zeros that is no table needs no data. (A table has to say what it is.)
+    has_data |= saved.types != abi.PFINFO_NOTAB
+    row_of = np.full(len(saved.pfns), -1, dtype=np.int64)
+    row_of[saved.rows] = np.arange(len(saved.rows))
+    for start in range(0, len(saved.pfns), PAGES_PER_RECORD):
+        part = slice(start, start + PAGES_PER_RECORD)
+        types = np.where(has_data[part], saved.types[part], abi.PFINFO_XALLOC).astype(np.uint64)
+        names = saved.pfns[part] | types << np.uint64(TYPE_SHIFT)
+        pages = []
+        for index in np.flatnonzero(has_data[part]) + start:
+            row = row_of[index]
+            pages.append(saved.data[row].tobytes() if row >= 0 else bytes(PAGE_SIZE))
+        _record(file, abi.REC_PAGE_DATA, abi.PAGE_DATA_HEADER.pack(len(names), 0), names.tobytes(), *pages)
+    _record(file, abi.REC_SHARED_INFO, saved.shared_info)
+    for vcpu_id, vcpu in sorted(saved.vcpus.items()):
+        header = abi.VCPU_HEADER.pack(vcpu_id, 0)
+        _record(file, abi.REC_X86_PV_VCPU_BASIC, header, vcpu.context)
+        if vcpu.extended:
+            _record(file, abi.REC_X86_PV_VCPU_EXTENDED, header, vcpu.extended)
+    _record(file, abi.REC_END)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(file: BinaryIO) -> tuple[DomainConfig, SavedDomain]:
+    """Read a file that `write` or xl made. SaveFileError; OSError as reading gives it."""
+    config = _read_config(file)
+    ident, version, options = abi.LIBXL_HEADER.unpack(_take(file, abi.LIBXL_HEADER.size, "libxl's header"))
+    if (ident, version) != (abi.LIBXL_IDENT, abi.LIBXL_VERSION):
+        raise SaveFileError(f"libxl's stream has ident {ident:#x} and version {version}: version 2 is known")
+    if options:
+        raise SaveFileError("libxl's stream is big-endian, or of a 32-bit toolstack's legacy form")
+    saved = None
+    while True:
+        kind, length = abi.RECORD.unpack(_take(file, abi.RECORD.size, "a record of libxl's"))
+        if kind == abi.LIBXL_REC_END:
+            break
+        if kind == abi.LIBXL_REC_LIBXC_CONTEXT and saved is None:
+            saved = _LibxcReader(file).read()
+        elif kind in (abi.LIBXL_REC_XENSTORE_DATA, abi.LIBXL_REC_EMULATOR_CONTEXT) and length <= LARGEST_RECORD:
+            _take(file, length + -length % 8, "a record of libxl's")  # of a device model's, which no PV domain here has
+        else:
+            raise SaveFileError(f"libxl's stream has a record of type {kind:#x} here")
+    if saved is None:
+        raise SaveFileError("there is no domain in it")
+    return config, saved
+
+
+def _take(file: BinaryIO, size: int, what: str) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise SaveFileError(f"the file ends within {what}")
+    return data
+
+
+def _read_config(file: BinaryIO) -> DomainConfig:
+    header = file.read(abi.XL_HEADER.size)
+    if len(header) < abi.XL_HEADER.size or not header.startswith(abi.XL_MAGIC):
+        raise SaveFileError("not a saved domain: it doesn't begin as xl's files do")
+    _, byteorder, mandatory, _, length = abi.XL_HEADER.unpack(header)
+    if byteorder != abi.XL_BYTEORDER:
+        raise SaveFileError("saved by a machine of another byte order")
+    unknown = mandatory & ~(abi.XL_MANDATORY_FLAG_JSON | abi.XL_MANDATORY_FLAG_STREAMv2)
+    if unknown or not mandatory & abi.XL_MANDATORY_FLAG_STREAMv2:
+        raise SaveFileError(f"saved by another generation of Xen's tools (mandatory flags {mandatory:#x})")
+    if not 4 <= length <= LARGEST_CONFIG:
+        raise SaveFileError(f"its configuration has {length} bytes")
+    data = _take(file, length, "the configuration")
+    (size,) = struct.unpack_from("<I", data)
+    text = data[4 : 4 + size].rstrip(b"\0")
+    if not mandatory & abi.XL_MANDATORY_FLAG_JSON:
+        raise SaveFileError("its configuration is no JSON: saved by xl of before 4.5")
+    try:
+        return DomainConfig.from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise SaveFileError(f"its configuration can't be read: {error}") from None
+
+
+@dataclass
+class _Pages:
+    """What PAGE_DATA records have brought so far, by pfn; a later one counts."""
+
+    types: dict[int, int] = field(default_factory=dict)
+    data: dict[int, bytes] = field(default_factory=dict)
+
+
+class _LibxcReader:
+    """Reads one PV domain's stream (xc_domain_restore)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.pages = _Pages()
+        self.max_pfn = -1
+        self.frames: list[int] = []
+        self.vcpus: dict[int, SavedVcpu] = {}
+        self.shared_info = b""
+
+    def read(self) -> SavedDomain:
+        marker, ident, version, options, _, _ = abi.LIBXC_IMAGE_HEADER.unpack(
+            _take(self.file, abi.LIBXC_IMAGE_HEADER.size, "libxc's header")
+        )
+        if (marker, ident) != (abi.LIBXC_MARKER, abi.LIBXC_ID) or version not in (2, abi.LIBXC_VERSION):
+            raise SaveFileError(f"libxc's stream has version {version}: 2 and 3 are known")
+        if options & abi.LIBXC_OPTION_BIG_ENDIAN:
+            raise SaveFileError("libxc's stream is big-endian")
+        kind, shift, _, _, _ = abi.LIBXC_DOMAIN_HEADER.unpack(
+            _take(self.file, abi.LIBXC_DOMAIN_HEADER.size, "the domain's header")
+        )
+        if kind != abi.DOMAIN_TYPE_X86_PV or shift != PAGE_SHIFT:
+            raise SaveFileError("the domain is no x86 PV domain: only those can run here")
+        for record, body in self._records():
+            self._handle(record, body)
+        return self._result()
+
+    def _records(self) -> Iterator[tuple[int, bytes]]:
+        while True:
+            kind, length = abi.RECORD.unpack(_take(self.file, abi.RECORD.size, "a record"))
+            if length > LARGEST_RECORD:
+                raise SaveFileError(f"a record of type {kind:#x} has {length} bytes")
+            body = _take(self.file, length + -length % 8, f"a record of type {kind:#x}")[:length]
+            if kind == abi.REC_END:
+                return
+            yield kind, body
+
+    def _handle(self, kind: int, body: bytes) -> None:
+        if kind == abi.REC_PAGE_DATA:
+            self._page_data(body)
+        elif kind == abi.REC_X86_PV_INFO:
+            if len(body) < abi.PV_INFO.size or abi.PV_INFO.unpack_from(body) != (8, 4):
+                raise SaveFileError("the domain isn't a 64-bit one: only those can run here")
+        elif kind == abi.REC_X86_PV_P2M_FRAMES:
+            self._p2m_frames(body)
+        elif kind in (abi.REC_X86_PV_VCPU_BASIC, abi.REC_X86_PV_VCPU_EXTENDED):
+            self._vcpu(kind, body)
+        elif kind == abi.REC_SHARED_INFO:
+            if len(body) != PAGE_SIZE:
+                raise SaveFileError(f"shared_info has {len(body)} bytes")
+            self.shared_info = body
+        elif kind not in IGNORED and not kind & abi.REC_OPTIONAL:
+            raise SaveFileError(f"a record of type {kind:#x} isn't known")
+
+    def _p2m_frames(self, body: bytes) -> None:
+        if len(body) < abi.P2M_FRAMES_HEADER.size:
+            raise SaveFileError("a record of p2m frames is too short")
+        start, end = abi.P2M_FRAMES_HEADER.unpack_from(body)
+        count = end // ENTRIES + 1 - start // ENTRIES
+        if start > end or end >= MOST_PFNS or len(body) != abi.P2M_FRAMES_HEADER.size + 8 * count:
+            raise SaveFileError(f"a record of p2m frames for {start:#x} to {end:#x} has {len(body)} bytes")
+        self.max_pfn = max(self.max_pfn, end)
+        first = start // ENTRIES
+        self.frames += [0] * (self.max_pfn // ENTRIES + 1 - len(self.frames))
+        self.frames[first : first + count] = struct.unpack_from(f"<{count}Q", body, abi.P2M_FRAMES_HEADER.size)
+
+    def _vcpu(self, kind: int, body: bytes) -> None:
+        if len(body) < abi.VCPU_HEADER.size:
+            raise SaveFileError("a vCPU's record is too short")
+        vcpu_id, _ = abi.VCPU_HEADER.unpack_from(body)
+        if vcpu_id >= MOST_VCPUS:
+            raise SaveFileError(f"a record of vCPU {vcpu_id}")
+        vcpu = self.vcpus.setdefault(vcpu_id, SavedVcpu(b""))
+        rest = body[abi.VCPU_HEADER.size :]
+        if kind == abi.REC_X86_PV_VCPU_BASIC:
+            vcpu.context = rest
+        else:
+            vcpu.extended = rest
+
+    def _page_data(self, body: bytes) -> None:
+        if len(body) < abi.PAGE_DATA_HEADER.size:
+            raise SaveFileError("a record of pages is too short")
+        count, _ = abi.PAGE_DATA_HEADER.unpack_from(body)
+        at = abi.PAGE_DATA_HEADER.size
+        if count * 8 > len(body) - at:
+            raise SaveFileError(f"a record of {count} pages has {len(body)} bytes")
+        names = struct.unpack_from(f"<{count}Q", body, at)
+        at += 8 * count
+        for name in names:
+            pfn, kind = name & PFN_MASK, name >> TYPE_SHIFT
+            if pfn > self.max_pfn:
+                raise SaveFileError(f"page {pfn:#x} is beyond the last, {self.max_pfn:#x}")
+            self.pages.types[pfn] = kind
+            self.pages.data.pop(pfn, None)
+            if kind in (abi.PFINFO_BROKEN, abi.PFINFO_XALLOC, abi.PFINFO_XTAB):
+                continue
+            page = body[at : at + PAGE_SIZE]
+            if len(page) != PAGE_SIZE:
+                raise SaveFileError("a record of pages is cut short")
+            self.pages.data[pfn] = page
+            at += PAGE_SIZE
+        if at != len(body):
+            raise SaveFileError(f"a record of pages has {len(body) - at} bytes too many")
+
+    def _result(self) -> SavedDomain:
+        if not self.shared_info or self.max_pfn < 0:
+            raise SaveFileError("shared_info or the p2m list is missing")
+        gone = (abi.PFINFO_BROKEN, abi.PFINFO_XTAB)
+        pfns = sorted(pfn for pfn, kind in self.pages.types.items() if kind not in gone)
+        types = [0 if self.pages.types[pfn] == abi.PFINFO_XALLOC else self.pages.types[pfn] for pfn in pfns]
+        rows = [row for row, pfn in enumerate(pfns) if pfn in self.pages.data]
+        data = b"".join(self.pages.data[pfns[row]] for row in rows)
+        return SavedDomain(
+            self.max_pfn, self.frames, np.array(pfns, dtype=np.uint64), np.array(types, dtype=np.uint8),
+            np.array(rows, dtype=np.int64), np.frombuffer(data, dtype=np.uint64).reshape(-1, ENTRIES), self.vcpus,
+            self.shared_info,
+        )  # fmt: skip
