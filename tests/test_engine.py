@@ -552,6 +552,33 @@ def test_save_and_restore(bench: Bench) -> None:
     assert bench.memory[DATA_PA + 24] == 1
 
 
+def test_the_fpu_state_is_what_fxsave_writes(bench: Bench) -> None:
+    """And what is loaded can be used: another engine goes on with the same stack of numbers."""
+    # fninit; fld1; fldpi; fldl2e; movq xmm3, rax; movq xmm15, rbx; fxsave64 [rdi]; syscall
+    code = "dbe3 d9e8 d9eb d9ea 66480f6ed8 664c0f6efb 480fae07"
+    bench.run(bytes.fromhex(code) + SYSCALL, rdi=DATA, rax=0x123456789ABCDEF0, rbx=1 << 63)
+    image = bench.engine.fpu_state()
+    written = bytes(bench.memory[DATA_PA : DATA_PA + 512])
+    # Up to the pointers to the last instruction, which aren't kept, and MXCSR's mask.
+    assert image[:5] == written[:5]
+    assert image[24:28] == written[24:28]
+    for start, end, step in ((32, 160, 16), (160, 416, 16)):
+        for at in range(start, end, step):
+            size = 10 if start == 32 else 16
+            assert image[at : at + size] == written[at : at + size], at
+    other = Bench()
+    try:
+        other.engine.set_fpu_state(image)
+        assert other.engine.fpu_state() == image
+        # fxsave64 [rdi]; fmulp; fstp qword [rdi + 512]; syscall: log2(e) * pi
+        other.run(bytes.fromhex("480fae07 dec9 dd9f00020000") + SYSCALL, rdi=DATA)
+        assert bytes(other.memory[DATA_PA + 32 : DATA_PA + 416]) == written[32:416]
+        (product,) = struct.unpack_from("<d", other.memory, DATA_PA + 512)
+        assert product == pytest.approx(1.4426950408889634 * 3.141592653589793)
+    finally:
+        other.close()
+
+
 def test_a_code_segment_after_restore_is_the_one_that_is_set(bench: Bench) -> None:
     """set_code_stack may take a short cut where nothing changes; restore has changed it."""
     engine = bench.engine

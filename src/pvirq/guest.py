@@ -92,6 +92,7 @@ class Guest:
         self._dom0_ports: Ends | None = None
         self._waiting_for_agent = True
         self._commands = 0
+        self._restored = False
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
@@ -112,6 +113,7 @@ class Guest:
         self._open_ports()
         rings = restore.restore(self.machine, saved)
         self._connect(rings.store_mfn, rings.console_mfn)
+        self._restored = True
         self._waiting_for_agent = False  # who has one has said so long ago
 
     def _open_ports(self) -> None:
@@ -144,7 +146,8 @@ class Guest:
         """
         control = f"/local/domain/{self.domain.domid}/control"
         store = self.host.store
-        if store.read_text(f"{control}/feature-suspend", "") != "1":
+        # Linux says so once, when it boots: a domain that was restored has no such node.
+        if not self._restored and store.read_text(f"{control}/feature-suspend", "") != "1":
             raise GuestError(f"{self.name} can't be suspended: its kernel doesn't say that it takes such a request")
         store.write(f"{control}/shutdown", "suspend")
         limit = None if timeout is None else int(timeout * NS_PER_S)
