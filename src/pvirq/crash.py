@@ -15,7 +15,7 @@ from pvirq.abi.errno import XenError
 from pvirq.abi.xen import PAGE_SHIFT, VCPU_INFO_UPCALL_MASK
 from pvirq.engine.protocol import R8, RAX, RBP, RBX, RCX, RDI, RDX, RIP, RSI, RSP
 from pvirq.guest import Guest
-from pvirq.pv.image import KernelImage
+from pvirq.pv.image import ImageError, KernelImage, load_image
 from pvirq.pv.symbols import Symbols, symbols_for
 from pvirq.pv.vcpu import PvVcpu
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
@@ -50,13 +50,15 @@ _CONTROL: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 def report(guest: Guest, why: str, symbols: Symbols | None = None) -> str:
     """The whole text, lines ending in newlines; `why` is its first. Only reads, and never fails for what the guest
     left: a stack that isn't mapped is left out."""
-    image = guest.image
-    assert image is not None
+    image = guest.image or _kernel_file(guest)
     if symbols is None:
-        symbols = symbols_for(image)
+        symbols = Symbols(lambda: None) if image is None else symbols_for(image)
     if panic := _panic(guest):
         why += f": {panic}"
-    lines = [why, f"kernel: {_banner(guest) or image.guest_os}, symbols: {symbols.source or 'none'}"]
+    lines = [
+        why,
+        f"kernel: {_banner(guest) or (image.guest_os if image else 'unknown')}, symbols: {symbols.source or 'none'}",
+    ]
     for cpu in guest.machine.cpus:
         if cpu.initialised or cpu.vcpu.up:
             with guest.machine.loaded(cpu):
@@ -89,7 +91,15 @@ def _panic(guest: Guest) -> str:
 # -- one vCPU ----------------------------------------------------------------------------------------------------------
 
 
-def _vcpu(cpu: PvVcpu, image: KernelImage, symbols: Symbols) -> Iterator[str]:
+def _kernel_file(guest: Guest) -> KernelImage | None:
+    """The kernel of a guest that was restored, if the file that it was booted from is still there."""
+    try:
+        return load_image(guest.config.kernel) if guest.config.kernel else None
+    except ImageError:
+        return None
+
+
+def _vcpu(cpu: PvVcpu, image: KernelImage | None, symbols: Symbols) -> Iterator[str]:
     regs, engine, mem = cpu.regs, cpu.engine, cpu.domain.machine.mem
     info, rip = cpu.vcpu.info, int(regs[RIP])
     state = "blocked" if cpu.vcpu.blocked else "polling" if cpu.vcpu.polling else "running"
@@ -97,7 +107,7 @@ def _vcpu(cpu: PvVcpu, image: KernelImage, symbols: Symbols) -> Iterator[str]:
     pending = ", upcall pending" if mem[info] else ""
     yield f"vCPU {cpu.vcpu.vcpu_id}: {MODES[cpu.user_mode]} mode, {state}, events {masked}{pending}"
     where = symbols.format(rip) if rip >= UPPER_HALF else f"{rip:#x}"
-    number = _hypercall(image, rip)
+    number = _hypercall(image, rip) if image else None
     what = "" if number is None else f" (hypercall {number}, {_HYPERCALL_NAMES.get(number, 'unknown')})"
     yield f"RIP: {engine.segment(1):04x}:{where}{what}"
     if code := _code(cpu, rip):
@@ -117,7 +127,7 @@ def _vcpu(cpu: PvVcpu, image: KernelImage, symbols: Symbols) -> Iterator[str]:
     cr2 = int.from_bytes(mem[info + VCPU_INFO_CR2 : info + VCPU_INFO_CR2 + 8], "little")
     roots = f"kernel {cpu.kernel_root << PAGE_SHIFT:x}, user {cpu.user_root << PAGE_SHIFT:x}"
     yield f"CR2: {cr2:016x} CR3: {engine.cr3:x} ({roots})"
-    trace = [] if cpu.user_mode else list(_trace(cpu, image, symbols))
+    trace = [] if cpu.user_mode or image is None else list(_trace(cpu, image, symbols))
     if trace:
         yield "Call Trace (return addresses on the stack, some perhaps old; ? where no call to one above is seen):"
         yield from trace

@@ -112,18 +112,39 @@ class Host:
         ImageError or BuildError, one line, for a kernel, initrd or size that can't work; EngineError where the
         engine can't.
         """
-        image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
-        data = initrd if isinstance(initrd, bytes) else _read_initrd(Path(initrd))
         config = DomainConfig(
             name=name or "", kernel=_path(kernel), ramdisk=_path(initrd), cmdline=append, memory=memory, vcpus=vcpus
         )
-        guest = self._new_guest(config, memory)
+        return self.create(config, kernel=kernel, initrd=initrd)
+
+    def create(
+        self, config: DomainConfig, *, kernel: str | os.PathLike[str] | bytes | KernelImage | None = None,
+        initrd: bytes | str | os.PathLike[str] | None = None,
+    ) -> Guest:  # fmt: skip
+        """Build a guest with its devices as a configuration says (xl create); see `boot`, which this is the whole of.
+
+        `kernel` and `initrd`, where given, are used for the files that `config` names. Bridges that its interfaces name
+        must exist. Errors as of `boot`, `attach_disk` and `attach_nic`; nothing of the guest stays then.
+        """
+        kernel = config.kernel if kernel is None else kernel
+        initrd = config.ramdisk if initrd is None else initrd
+        image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
+        data = initrd if isinstance(initrd, bytes) else _read_initrd(initrd)
+        guest = self._new_guest(config, config.memory)
         try:
-            guest.start(image, data, append)
+            guest.start(image, data, config.cmdline)
+            self._attach_configured(guest)
         except BaseException:
             self.destroy(guest)
             raise
         return guest
+
+    def _attach_configured(self, guest: Guest) -> None:
+        """The devices that a guest's configuration has."""
+        for disk in guest.config.disks:
+            self._attach_disk(guest, disk)
+        for number, vif in enumerate(guest.config.vifs):
+            self._attach_nic(guest, vif, number if vif.devid is None else vif.devid)
 
     def _new_guest(self, config: DomainConfig, memory: int) -> Guest:
         """A domain with `memory` bytes, an engine, and nothing in it. BuildError, EngineError."""
@@ -184,10 +205,7 @@ class Host:
         guest = self._new_guest(config, len(saved.pfns) << PAGE_SHIFT)
         try:
             guest.revive(saved)
-            for disk in config.disks:
-                self._attach_disk(guest, disk)
-            for number, vif in enumerate(config.vifs):
-                self._attach_nic(guest, vif, number if vif.devid is None else vif.devid)
+            self._attach_configured(guest)
         except BaseException:
             self.destroy(guest)
             raise
@@ -240,8 +258,6 @@ class Host:
         self, guest: Guest | ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0"
     ) -> DeviceRef:
         """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST)."""
-        domid = guest.domain.domid
-        mac = mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
         vif = VifConfig(mac, bridge, devid)
         ref = self._attach_nic(guest, vif, devid)
         guest.config.vifs.append(vif)
@@ -249,7 +265,8 @@ class Host:
 
     def _attach_nic(self, guest: Guest | ModelledGuest, config: VifConfig, devid: int) -> DeviceRef:
         domid = guest.domain.domid
-        self.backends.manager.attach_nic(domid, Nic(devid, config.mac, config.bridge, config.mtu))
+        mac = config.mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
+        self.backends.manager.attach_nic(domid, Nic(devid, mac, config.bridge, config.mtu))
         return DeviceRef(domid, "vif", devid)
 
     def pause(self, guest: Guest | ModelledGuest) -> None:
@@ -461,8 +478,10 @@ def _opened(file: str | os.PathLike[str] | BinaryIO, mode: str) -> AbstractConte
     return nullcontext(file)
 
 
-def _read_initrd(path: Path) -> bytes:
+def _read_initrd(path: str | os.PathLike[str]) -> bytes:
+    if not os.fspath(path):
+        return b""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise BuildError(f"initrd {path}: {error.strerror}") from None

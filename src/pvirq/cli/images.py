@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +17,9 @@ from pvirq.pv.builder import BuildError
 from pvirq.pv.image import ImageError, KernelImage, decompress, parse_elf, read_image
 from pvirq.pv.symbols import system_map_for
 from pvirq.toolstack import initrd as initrds
+from pvirq.toolstack import modules
 from pvirq.toolstack.cache import Cache, CacheError, write_atomic
-from pvirq.toolstack.kernels import KernelChoice, fetch_kernel, find_busybox, find_kernel
+from pvirq.toolstack.kernels import KernelChoice, fetch_kernel, find_busybox, find_kernel, image_release
 
 FLAVOURS: Final = ("cloud", "generic")
 NO_INITRD: Final = "none"
@@ -25,12 +27,22 @@ NO_INITRD: Final = "none"
 SLOW_S: Final = 0.2
 
 
-def choose_kernel(kernel: str | None, say: Messages) -> tuple[Path, Path | None]:
-    """The kernel's file and its System.map: of the one named (a file, or else one of the cache), or found."""
+def choose_kernel(kernel: str | None, say: Messages) -> KernelChoice:
+    """The kernel that is named (a file, or else one of the cache), or one that is found or fetched."""
     if kernel is not None and (os.path.lexists(kernel) or not _in_cache(kernel)):
-        return Path(kernel), system_map_for(kernel)
-    choice: KernelChoice = find_kernel(say.note) if kernel is None else fetch_kernel(kernel, say.note)
-    return choice.path, choice.system_map
+        path = Path(kernel)
+        return KernelChoice(path, "named", "", system_map_for(kernel), _modules_of(path))
+    return find_kernel(say.note) if kernel is None else fetch_kernel(kernel, say.note)
+
+
+def _modules_of(kernel: Path) -> Path | None:
+    """Where this machine, or the directory that the kernel lies in, has its modules."""
+    with contextlib.suppress(OSError):  # loading it will say what is wrong
+        release = image_release(kernel)
+        for directory in (kernel.parent / "modules", Path("/lib/modules") / release):
+            if release and directory.is_dir():
+                return directory
+    return None
 
 
 def _in_cache(name: str) -> bool:
@@ -80,8 +92,14 @@ def _keep(cache: Cache, name: str, unpacked: bytes | bytearray | memoryview) -> 
         cache.publish(entry, "unpacked", name)
 
 
-def make_initrd(given: str | None, image: KernelImage, with_agent: bool, say: Messages) -> bytes:
-    """The user's initrd, with pvirq's agent or shell in front of it where that is wanted; or the default one."""
+def make_initrd(
+    given: str | None, image: KernelImage, with_agent: bool, say: Messages, modules_dir: Path | None = None,
+    frontends: Sequence[str] = (),
+) -> bytes:  # fmt: skip
+    """The user's initrd, with pvirq's agent or shell in front of it where that is wanted; or the default one.
+
+    The default one, and what is put in front, load the modules `frontends` where the kernel hasn't got them built in.
+    """
     if given == NO_INITRD:
         if with_agent:
             raise BuildError("--exec and --shell need an initrd")
@@ -91,12 +109,26 @@ def make_initrd(given: str | None, image: KernelImage, with_agent: bool, say: Me
             data = Path(given).read_bytes()
         except (OSError, ValueError) as error:
             raise BuildError(f"initrd {given}: {getattr(error, 'strerror', None) or error}") from None
-        return initrds.with_overlay(data, find_busybox(say.note)) if with_agent else data
+        if not with_agent:
+            return data
+        return initrds.with_overlay(data, find_busybox(say.note), _drivers(modules_dir, frontends, say))
     if not is_linux(image):
         if with_agent:
             raise BuildError(f"--exec and --shell need a Linux kernel; this one says that it is {image.guest_os!r}")
         return b""
-    return initrds.default_initrd(find_busybox(say.note))
+    return initrds.default_initrd(find_busybox(say.note), modules=_drivers(modules_dir, frontends, say))
+
+
+def _drivers(modules_dir: Path | None, names: Sequence[str], say: Messages) -> list[tuple[str, bytes]]:
+    if not names:
+        return []
+    if modules_dir is None:
+        say.note(f"no modules of this kernel are at hand: its drivers {' and '.join(names)} have to be built in")
+        return []
+    try:
+        return modules.read_modules(modules_dir, names)
+    except (modules.ModuleError, OSError) as error:
+        raise BuildError(f"the guest's drivers: {error}") from None
 
 
 def is_linux(image: KernelImage) -> bool:

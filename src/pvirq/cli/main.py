@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 import click
 
 import pvirq
-from pvirq.cli.boot import boot
+from pvirq.cli.boot import boot, restore
 from pvirq.cli.cache import cache, fetch
 from pvirq.cli.messages import Messages
 from pvirq.cli.model import model
@@ -36,6 +36,7 @@ def cli() -> None:
 
 
 cli.add_command(boot)
+cli.add_command(restore)
 cli.add_command(model)
 cli.add_command(fetch)
 cli.add_command(cache)
@@ -80,13 +81,16 @@ def run(args: list[str] | None = None) -> int:
 
 def _bad_input() -> tuple[type[Exception], ...]:
     """What a wrong kernel, initrd, option, scenario or cache raises."""
+    from pvirq.pv.restore import RestoreError
     from pvirq.scenario.schema import ScenarioError
     from pvirq.toolstack.cache import CacheError
     from pvirq.toolstack.cpio import CpioError
     from pvirq.toolstack.kernels import BusyboxNotFound, KernelNotFound
     from pvirq.toolstack.packages import FetchError
+    from pvirq.toolstack.savefile import SaveFileError
+    from pvirq.toolstack.xlcfg import ConfigError
 
-    own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError)
+    own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError, RestoreError, SaveFileError, ConfigError)
     return (*own, KernelNotFound, BusyboxNotFound, CacheError, FetchError, CpioError, ScenarioError)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from pvirq import crash
 from pvirq.abi.errno import XenError
@@ -27,7 +29,12 @@ from pvirq.engine import EngineError
 from pvirq.guest import Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
 from pvirq.host import Host
 from pvirq.pv.symbols import symbols_for
+from pvirq.toolstack import xlcfg
+from pvirq.toolstack.config import Action, DomainConfig
+from pvirq.toolstack.xlcfg import ConfigError
 from pvirq.xen.timer import NS_PER_S
+
+T = TypeVar("T")
 
 EXIT_ENDED: Final = 1
 EXIT_CRASHED: Final = 3
@@ -38,47 +45,111 @@ POWEROFF_TIMEOUT: Final = 5.0
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of `pvirq boot`; `memory` in bytes, `timeout` in seconds of the guest's clock."""
+class Guests:
+    """What `pvirq boot` is told about the guest; None and empty: nothing. `memory` in bytes."""
 
     kernel: str | None
     initrd: str | None
     append: str
-    memory: int
-    vcpus: int
+    memory: int | None
+    vcpus: int | None
+    disks: tuple[str, ...]
+    vifs: tuple[str, ...]
+    dom0: bool
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is to be done with a guest that runs, and shown at its end; `timeout` in seconds of the guest's clock."""
+
     command: str | None
     shell: bool
-    dom0: bool
+    save: str | None
     dom0_interrupts: bool
     lsevtchn: tuple[int, ...]
-    debug_keys: tuple[str, ...]
+    debug_key: tuple[str, ...]
+    xenstore: bool
     timeout: float | None
     engine: str
     verbose: bool
+
+    @property
+    def mode(self) -> str:
+        """What pvirq's init is to do."""
+        return "agent" if self.command is not None else "shell" if self.shell else ""
 
 
 class Session:
     """A guest in a host of its own, from the command line to the exit status."""
 
-    def __init__(self, options: Options, say: Messages) -> None:
+    def __init__(self, options: Watch, say: Messages) -> None:
         self.options = options
         self.say = say
         self.system_map: Path | None = None
         self._views_wanted = True
+        self._from_file = False
 
-    def run(self) -> int:
+    def boot(self, guests: Guests) -> int:
         """Returns the exit status. What bad input raises (ImageError, BuildError, ...) is the caller's."""
-        options = self.options
-        path, self.system_map = images.choose_kernel(options.kernel, self.say)
-        image = images.load_kernel(path)
-        mode = "agent" if options.command is not None else "shell" if options.shell else ""
-        initrd = images.make_initrd(options.initrd, image, bool(mode), self.say)
+        options, wanted = self.options, self._config(guests)
+        choice = images.choose_kernel(wanted.kernel or None, self.say)
+        self.system_map = choice.system_map
+        image = images.load_kernel(choice.path)
+        drivers = [*(["xen-blkfront"] if wanted.disks else []), *(["xen-netfront"] if wanted.vifs else [])]
+        initrd = images.make_initrd(
+            wanted.ramdisk or None, image, bool(options.mode), self.say, choice.modules_dir, drivers
+        )
         size = terminal_size(sys.stdout.fileno()) if options.shell else None
-        append = images.command_line(options.append, mode, options.initrd is not None, size)
-        if not images.is_linux(image):
-            append = options.append
-        with Host(engine=options.engine, wallclock=time.time(), dom0=not options.dom0) as host:
-            guest = host.boot(image, initrd=initrd, append=append, memory=options.memory, vcpus=options.vcpus)
+        config = replace(wanted, kernel=os.fspath(choice.path))
+        if images.is_linux(image):
+            config.cmdline = images.command_line(wanted.cmdline, options.mode, bool(wanted.ramdisk), size)
+        with Host(engine=options.engine, wallclock=time.time(), dom0=not guests.dom0) as host:
+            for vif in config.vifs:
+                if vif.bridge not in host.backends.network.bridges:
+                    host.backends.network.add_bridge(vif.bridge)
+            with Interrupts() as interrupts:
+                while True:
+                    guest = host.create(replace(config), kernel=image, initrd=initrd)
+                    status = self._watched(guest, interrupts)
+                    if not self._restarts(guest):
+                        return status
+                    self.say.note(f"{guest.name} ended: {guest.shutdown_reason}; it is started again")
+                    host.destroy(guest)
+
+    def _config(self, guests: Guests) -> DomainConfig:
+        """The configuration from a file, if one was named, with what the options say instead."""
+        config = DomainConfig(kernel=guests.kernel or "")
+        self._from_file = guests.kernel is not None and _is_config(guests.kernel)
+        if self._from_file:
+            config, notes = xlcfg.load(guests.kernel or "")
+            for note in notes:
+                self.say.note(note)
+        if guests.initrd is not None:
+            config.ramdisk = guests.initrd
+        if guests.append:
+            config.cmdline = f"{config.cmdline} {guests.append}".strip()
+        if guests.memory is not None:
+            config.memory = config.maxmem = guests.memory
+        if guests.vcpus is not None:
+            config.vcpus = config.maxvcpus = guests.vcpus
+        config.disks += [_spec("--disk", text, xlcfg.parse_disk) for text in guests.disks]
+        config.vifs += [_spec("--vif", text, xlcfg.parse_vif) for text in guests.vifs]
+        return config
+
+    def _restarts(self, guest: Guest) -> bool:
+        """A configuration's on_reboot and the like say that the guest, which ended by itself, starts again."""
+        reason = guest.shutdown_reason
+        if not self._from_file or self.options.command is not None or reason is None:
+            return False
+        return guest.config.on.get(reason) in (Action.RESTART, Action.RENAME_RESTART, Action.COREDUMP_RESTART)
+
+    def restore(self, path: str) -> int:
+        """The same for a guest from a file."""
+        options = self.options
+        with Host(engine=options.engine, wallclock=time.time()) as host:
+            guest = host.restore(path)
+            if options.mode and f"pvirq={options.mode}" not in guest.config.cmdline.split():
+                raise GuestError(f"{guest.name} was booted without --{'exec' if options.mode == 'agent' else 'shell'}")
             with Interrupts() as interrupts:
                 return self._watched(guest, interrupts)
 
@@ -134,6 +205,11 @@ class Session:
             raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for the end of {command!r}") from error
         self.say.end()
         self._views(host)  # before the power-off adds to them
+        if self.options.save is not None:
+            self.say.begin("saving")
+            host.save(guest, self.options.save)
+            self.say.end()
+            return result.status
         with contextlib.suppress(GuestError):
             guest.poweroff(POWEROFF_TIMEOUT)
         return result.status
@@ -176,7 +252,7 @@ class Session:
         if reason in ("crash", "watchdog"):
             detail = guest.machine.crash or ("its watchdog ended it" if reason == "watchdog" else "")
             raise GuestCrashed(f"{guest.name} crashed{f': {detail}' if detail else ''}")
-        if reason != "poweroff":
+        if reason != "poweroff" and not self._restarts(guest):
             self.say.note(f"the guest ended: {reason}; pvirq does not go on with it")
         return 0 if reason in ("poweroff", "reboot") else EXIT_ENDED
 
@@ -200,19 +276,39 @@ class Session:
             return
         self._views_wanted = False
         options, texts = self.options, []
+        host.settle()
         if options.dom0_interrupts:
             texts.append("domain 0:\n" + host.dom0.proc_interrupts())
-        texts += [host.debug_key(key) for key in options.debug_keys]
+        texts += [host.debug_key(key) for key in options.debug_key]
         for domid in options.lsevtchn:
             try:
                 texts.append(f"domain {domid}:\n" + host.lsevtchn(domid))
             except XenError:
                 self.say.note(f"--lsevtchn {domid}: there is no such domain")
+        if options.xenstore:
+            texts.append("".join(f"{line}\n" for line in host.store.dump()))
         for text in texts:
             self._stdout(text.encode())
 
     def _report(self, guest: Guest, why: str, status: int) -> int:
-        assert guest.image is not None
-        self.say.text(crash.report(guest, f"pvirq: {why}", symbols_for(guest.image, self.system_map)))
+        symbols = None if guest.image is None else symbols_for(guest.image, self.system_map)
+        self.say.text(crash.report(guest, f"pvirq: {why}", symbols))
         self._views(guest.host)
         return status
+
+
+def _spec(option: str, text: str, parse: Callable[[str], T]) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: {error}") from None
+
+
+def _is_config(path: str) -> bool:
+    """A text, and so no kernel: one of xl's configurations."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return path.endswith(".cfg")
+    return path.endswith(".cfg") or not (b"\0" in head or b"\x7f" in head or b"\x1f\x8b" in head)
