@@ -220,12 +220,12 @@ def test_kernel_by_name(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "fetch_kernel", fetched)
     monkeypatch.chdir(files)
     say = Messages()
-    assert images.choose_kernel("cloud", say)[0] == Path("/fetched/cloud")
-    assert images.choose_kernel("linux-image-1", say)[0] == Path("linux-image-1")
+    assert images.choose_kernel("cloud", say).path == Path("/fetched/cloud")
+    assert images.choose_kernel("linux-image-1", say).path == Path("linux-image-1")
     (files / "cache/kernels/linux-image-1").mkdir(parents=True)
-    assert images.choose_kernel("linux-image-1", say)[0] == Path("/fetched/linux-image-1")
+    assert images.choose_kernel("linux-image-1", say).path == Path("/fetched/linux-image-1")
     (files / "cloud").touch()  # a file of that name comes first
-    assert images.choose_kernel("cloud", say)[0] == Path("cloud")
+    assert images.choose_kernel("cloud", say).path == Path("cloud")
 
 
 @needs_gcc

@@ -30,14 +30,13 @@ SLOW_S: Final = 0.2
 def choose_kernel(kernel: str | None, say: Messages) -> KernelChoice:
     """The kernel that is named (a file, or else one of the cache), or one that is found or fetched."""
     if kernel is not None and (os.path.lexists(kernel) or not _in_cache(kernel)):
-        path = Path(kernel)
-        return KernelChoice(path, "named", "", system_map_for(kernel), _modules_of(path))
+        return KernelChoice(Path(kernel), "named", "", system_map_for(kernel), None)
     return find_kernel(say.note) if kernel is None else fetch_kernel(kernel, say.note)
 
 
 def _modules_of(kernel: Path) -> Path | None:
-    """Where this machine, or the directory that the kernel lies in, has its modules."""
-    with contextlib.suppress(OSError):  # loading it will say what is wrong
+    """Where the modules of a kernel's file are: beside it, or this machine's."""
+    with contextlib.suppress(OSError):
         release = image_release(kernel)
         for directory in (kernel.parent / "modules", Path("/lib/modules") / release):
             if release and directory.is_dir():
@@ -93,7 +92,7 @@ def _keep(cache: Cache, name: str, unpacked: bytes | bytearray | memoryview) -> 
 
 
 def make_initrd(
-    given: str | None, image: KernelImage, with_agent: bool, say: Messages, modules_dir: Path | None = None,
+    given: str | None, image: KernelImage, with_agent: bool, say: Messages, kernel: KernelChoice | None = None,
     frontends: Sequence[str] = (),
 ) -> bytes:  # fmt: skip
     """The user's initrd, with pvirq's agent or shell in front of it where that is wanted; or the default one.
@@ -111,17 +110,18 @@ def make_initrd(
             raise BuildError(f"initrd {given}: {getattr(error, 'strerror', None) or error}") from None
         if not with_agent:
             return data
-        return initrds.with_overlay(data, find_busybox(say.note), _drivers(modules_dir, frontends, say))
+        return initrds.with_overlay(data, find_busybox(say.note), _drivers(kernel, frontends, say))
     if not is_linux(image):
         if with_agent:
             raise BuildError(f"--exec and --shell need a Linux kernel; this one says that it is {image.guest_os!r}")
         return b""
-    return initrds.default_initrd(find_busybox(say.note), modules=_drivers(modules_dir, frontends, say))
+    return initrds.default_initrd(find_busybox(say.note), modules=_drivers(kernel, frontends, say))
 
 
-def _drivers(modules_dir: Path | None, names: Sequence[str], say: Messages) -> list[tuple[str, bytes]]:
-    if not names:
+def _drivers(kernel: KernelChoice | None, names: Sequence[str], say: Messages) -> list[tuple[str, bytes]]:
+    if not names or kernel is None:
         return []
+    modules_dir = kernel.modules_dir or _modules_of(kernel.path)
     if modules_dir is None:
         say.note(f"no modules of this kernel are at hand: its drivers {' and '.join(names)} have to be built in")
         return []

@@ -92,13 +92,12 @@ class Session:
     def boot(self, guests: Guests) -> int:
         """Returns the exit status. What bad input raises (ImageError, BuildError, ...) is the caller's."""
         options, wanted = self.options, self._config(guests)
-        choice = images.choose_kernel(wanted.kernel or None, self.say)
+        found = guests.kernel is None or (self._from_file and not wanted.kernel)
+        choice = images.choose_kernel(None if found else wanted.kernel, self.say)
         self.system_map = choice.system_map
         image = images.load_kernel(choice.path)
         drivers = [*(["xen-blkfront"] if wanted.disks else []), *(["xen-netfront"] if wanted.vifs else [])]
-        initrd = images.make_initrd(
-            wanted.ramdisk or None, image, bool(options.mode), self.say, choice.modules_dir, drivers
-        )
+        initrd = images.make_initrd(wanted.ramdisk or None, image, bool(options.mode), self.say, choice, drivers)
         size = terminal_size(sys.stdout.fileno()) if options.shell else None
         config = replace(wanted, kernel=os.fspath(choice.path))
         if images.is_linux(image):
@@ -119,7 +118,7 @@ class Session:
     def _config(self, guests: Guests) -> DomainConfig:
         """The configuration from a file, if one was named, with what the options say instead."""
         config = DomainConfig(kernel=guests.kernel or "")
-        self._from_file = guests.kernel is not None and _is_config(guests.kernel)
+        self._from_file = guests.kernel is not None and guests.kernel.endswith(".cfg")
         if self._from_file:
             config, notes = xlcfg.load(guests.kernel or "")
             for note in notes:
@@ -149,7 +148,8 @@ class Session:
         with Host(engine=options.engine, wallclock=time.time()) as host:
             guest = host.restore(path)
             if options.mode and f"pvirq={options.mode}" not in guest.config.cmdline.split():
-                raise GuestError(f"{guest.name} was booted without --{'exec' if options.mode == 'agent' else 'shell'}")
+                self.say.error(f"{guest.name} was booted without --{'exec' if options.mode == 'agent' else 'shell'}")
+                return EXIT_ENDED
             with Interrupts() as interrupts:
                 return self._watched(guest, interrupts)
 
@@ -302,13 +302,3 @@ def _spec(option: str, text: str, parse: Callable[[str], T]) -> T:
         return parse(text)
     except ValueError as error:
         raise ConfigError(f"{option} {text!r}: {error}") from None
-
-
-def _is_config(path: str) -> bool:
-    """A text, and so no kernel: one of xl's configurations."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError:
-        return path.endswith(".cfg")
-    return path.endswith(".cfg") or not (b"\0" in head or b"\x7f" in head or b"\x1f\x8b" in head)
