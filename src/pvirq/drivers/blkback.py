@@ -10,7 +10,16 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
-from pvirq.abi.io_blkif import SECTOR_SIZE, VDISK_CDROM, VDISK_READONLY
+from pvirq.abi.io_blkif import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+    SECTOR_SIZE,
+    VDISK_CDROM,
+    VDISK_READONLY,
+)
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.blkback_ring import MAX_INDIRECT_SEGMENTS, BlkbackRing
 from pvirq.drivers.blockstore import BlockDevices, BlockStore, Discards
@@ -22,6 +31,10 @@ from pvirq.xen.grant import GrantError
 
 MAX_RING_ORDER: Final = 4  # XENBUS_MAX_RING_GRANT_ORDER
 PROTOCOLS: Final = ("x86_64-abi", "")  # of 64-bit frontends, which an older one needn't name
+OPERATIONS: Final = {
+    BLKIF_OP_READ: "read", BLKIF_OP_WRITE: "write", BLKIF_OP_WRITE_BARRIER: "barrier",
+    BLKIF_OP_FLUSH_DISKCACHE: "flush", BLKIF_OP_DISCARD: "discard",
+}  # fmt: skip
 COMPLAINTS: Final = 10  # lines in the log for one device's bad requests
 
 
@@ -47,6 +60,7 @@ class BlkBack(Driver):
         self._watch: XsWatch | None = None
         self._number = ""
         self._complaints = 0
+        self._failures: set[tuple[int, Errno]] = set()
         self._draining: list[Callable[[], None]] = []
 
     # -- xenbus --------------------------------------------------------------------------------------------------------
@@ -230,6 +244,14 @@ class BlkBack(Driver):
         if self._complaints <= COMPLAINTS:
             more = "; further ones are not logged" if self._complaints == COMPLAINTS else ""
             self.dev.kernel.printk(f"xen-blkback: {self.dev.nodename}: {why}{more}")
+
+    def failed(self, operation: int, error: Errno) -> None:
+        """The store couldn't: that is logged once for each kind of request and error."""
+        if (operation, error) not in self._failures:
+            self._failures.add((operation, error))
+            name = OPERATIONS.get(operation, str(operation))
+            printk, where = self.dev.kernel.printk, f"xen-blkback: {self.dev.nodename}"
+            printk(f"{where}: {name} of device {self._number} failed: {error.name}; further ones are not logged")
 
     def when_drained(self, action: Callable[[], None]) -> None:
         """Do something once nothing is under way on any ring (xen_blk_drain_io)."""
