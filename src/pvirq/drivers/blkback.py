@@ -22,7 +22,7 @@ from pvirq.abi.io_blkif import (
 )
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.blkback_ring import MAX_INDIRECT_SEGMENTS, BlkbackRing
-from pvirq.drivers.blockstore import BlockDevices, BlockStore, Discards
+from pvirq.drivers.blockstore import BlockDevices, BlockStore, Discards, InPlace
 from pvirq.drivers.xenbus import Device, Driver
 from pvirq.drivers.xs import XsWatch
 from pvirq.linux.irq import IrqError
@@ -48,6 +48,7 @@ class BlkBack(Driver):
         super().__init__(dev)
         self.devices = devices
         self.store: BlockStore | None = None
+        self.in_place: InPlace | None = None  # the store, where it is such a one
         self.sectors = 0
         self.readonly = False
         self.persistent = False  # the frontend's grants may stay mapped
@@ -103,6 +104,7 @@ class BlkBack(Driver):
             yield from dev.fatal(XenError(Errno.ENOENT, f"no device {number}"), "creating vbd structure")
             return
         self.store, self._number, self.sectors = store, number, store.sectors
+        self.in_place = store if isinstance(store, InPlace) else None
         self.readonly = "w" not in mode
         self._info = (VDISK_READONLY if self.readonly else 0) | (VDISK_CDROM if kind == "cdrom" else 0)
         yield from self._update_status()
@@ -230,7 +232,7 @@ class BlkBack(Driver):
         if watch is not None:
             yield from self.dev.xs.unwatch(watch)
         self.disconnect()
-        self.store, self._number = None, ""
+        self.store, self.in_place, self._number = None, None, ""
 
     # -- for the rings -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.grant_table import GNTST_bad_domain
@@ -186,12 +186,11 @@ class BlkbackRing:
         """dispatch_rw_block_io."""
         operation, segments, _, ident, sector = BLKIF_REQUEST.unpack_from(entry)
         request = _Request(ident, operation)
-        store = self.back.store
-        in_place = operation in IN_PLACE and isinstance(store, InPlace)
+        in_place = self.back.in_place if operation in IN_PLACE else None
         try:
             if operation == BLKIF_OP_INDIRECT:
                 _, request.operation, segments, _, _, _, *pages = BLKIF_REQUEST_INDIRECT.unpack_from(entry)
-                listed = self._indirect(request, segments, pages)
+                listed = self._indirect(request, segments, pages, in_place is not None)
             else:
                 if segments > BLKIF_MAX_SEGMENTS_PER_REQUEST or (
                     not segments and operation not in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER)
@@ -200,8 +199,9 @@ class BlkbackRing:
                 fields = SEGMENTS[segments].unpack_from(entry, BLKIF_REQUEST.size)
                 listed = list(zip(fields[::3], fields[1::3], fields[2::3], strict=True))
             count = self._check(request, sector, listed)
-            if in_place and not self.back.persistent:
-                self._locate(request, listed)
+            if in_place is not None and not self.back.persistent:
+                mfns = self._access([ref for ref, _, _ in listed], readonly=request.operation != BLKIF_OP_READ)
+                _place(request, mfns, listed)
             else:
                 self._map_segments(request, listed)
         except XenError as error:
@@ -212,22 +212,27 @@ class BlkbackRing:
         if request.operation in (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE):
             self._barrier = True
             self.back.when_drained(lambda: self._ordered(request, sector, count))
-        elif in_place:
-            self._transfer(request, sector, cast(InPlace, store))
+        elif in_place is not None:
+            self._transfer(request, sector, in_place)
         else:
             self._submit(request, sector, count)
 
-    def _indirect(self, request: _Request, segments: int, refs: list[int]) -> list[tuple[int, int, int]]:
+    def _indirect(
+        self, request: _Request, segments: int, refs: list[int], in_place: bool
+    ) -> list[tuple[int, int, int]]:
         """Read an indirect request's segments out of the frontend's pages (xen_blkbk_parse_indirect)."""
         if request.operation not in RW:
             raise XenError(Errno.EINVAL, f"Invalid indirect operation ({request.operation})")
         if not 0 < segments <= MAX_INDIRECT_SEGMENTS:
             raise XenError(Errno.EINVAL, f"Bad number of segments in request ({segments})")
         listed: list[tuple[int, int, int]] = []
-        for i in range(-(-segments // SEGMENTS_PER_INDIRECT_FRAME)):
-            page = self._map(request, refs[i], readonly=True)
+        for ref in refs[: -(-segments // SEGMENTS_PER_INDIRECT_FRAME)]:
+            if in_place and not self.back.persistent:
+                page = self._machine.page(self._access([ref], readonly=True)[0])
+            else:
+                page = self._map(request, ref, readonly=True).page
             here = min(segments - len(listed), SEGMENTS_PER_INDIRECT_FRAME)
-            listed += BLKIF_SEGMENT.iter_unpack(bytes(page.page[: here * BLKIF_SEGMENT.size]))
+            listed += BLKIF_SEGMENT.iter_unpack(bytes(page[: here * BLKIF_SEGMENT.size]))
         return listed
 
     def _check(self, request: _Request, sector: int, listed: list[tuple[int, int, int]]) -> int:
@@ -270,17 +275,14 @@ class BlkbackRing:
             listed,
         )
 
-    def _locate(self, request: _Request, listed: list[tuple[int, int, int]]) -> None:
-        """Where the segments of a request are that is done before anybody else runs: nothing needs mapping."""
-        owner = self._owner
+    def _access(self, refs: list[int], *, readonly: bool) -> list[int]:
+        """Frames of a request's that is done before anybody else runs: they needn't be mapped."""
         try:
-            if owner is None:
+            if self._owner is None:
                 raise GrantError(GNTST_bad_domain, f"no domain {self._domid:#x}")
-            refs = [ref for ref, _, _ in listed]
-            mfns = self._gnttab.access(owner, refs, request.operation != BLKIF_OP_READ)
+            return self._gnttab.access(self._owner, refs, readonly)
         except GrantError as error:
             raise XenError(Errno.EIO, f"invalid buffer -- could not remap it ({error})") from error
-        _place(request, mfns, listed)
 
     # -- the store -----------------------------------------------------------------------------------------------------
 

@@ -202,18 +202,20 @@ def access_grants(user: Domain, granter: Domain, refs: Iterable[int], readonly: 
     machine = user.machine
     u64, owner, type_, type_count = machine.u64, machine.owner, machine.type, machine.type_count
     frames, active, owner_id = table.frames, table.active, granter.domid
-    plain = table.version == 1 and not granter.dying
-    entries, most = table.entries, machine.frames
+    entries, most = 0 if granter.dying else table.entries, machine.frames
+    shift = 0 if table.version == 1 else 1  # words of 64 bits for each entry
+    frame_shift, frame_mask = ENTRIES_SHIFT - shift, ENTRIES_MASK >> shift
     mask = abi.GTF_type_mask | abi.GTF_sub_page | 0xFFFF << 16 | (0 if readonly else abi.GTF_readonly)
     expected = abi.GTF_permit_access | user.domid << 16
     mfns = []
     for ref in refs:
         mfn = most
-        if plain and ref < entries and ref not in active:
+        if ref < entries and ref not in active:
             # What `acquire` would mark as used, and `release` take back at once, is only looked at.
-            entry = u64[(frames[ref >> ENTRIES_SHIFT] << ENTRIES_SHIFT) + (ref & ENTRIES_MASK)]
+            at = (frames[ref >> frame_shift] << ENTRIES_SHIFT) + ((ref & frame_mask) << shift)
+            entry = u64[at]
             if entry & mask == expected:
-                mfn = entry >> 32
+                mfn = u64[at + 1] if shift else entry >> 32
         if mfn >= most or owner[mfn] != owner_id:
             mfn = _acquire_now(user, table, ref, readonly)
         if not readonly and type_count[mfn] and type_[mfn] != PGT_WRITABLE:
@@ -223,7 +225,7 @@ def access_grants(user: Domain, granter: Domain, refs: Iterable[int], readonly: 
 
 
 def _acquire_now(user: Domain, table: GrantTable, ref: int, readonly: bool) -> int:
-    """A grant that is in use already, one of version 2, or one whose error is to be told."""
+    """A grant that is in use already, or one whose error is to be told."""
     increment = GNTPIN_hstr_inc if readonly else GNTPIN_hstw_inc
     mfn = table.acquire(ref, user.domid, increment, mapping=True).mfn
     table.release(ref, increment)
