@@ -13,16 +13,18 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import VIRQ_DOM_EXC
+from pvirq.drivers.blockstore import BlockStore
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
 from pvirq.hardware import platform
 from pvirq.hardware.platform import DeviceTable
 from pvirq.linux import personalities
 from pvirq.linux.kernel import Kernel
+from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.modelled import ModelledGuest
@@ -32,7 +34,7 @@ from pvirq.pv.image import KernelImage, load_image
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.backends import Backends
 from pvirq.toolstack.daemons import Daemons
-from pvirq.toolstack.devices import DeviceRef, Disk, Nic
+from pvirq.toolstack.devices import DeviceRef, Nic
 from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
@@ -163,15 +165,29 @@ class Host:
         """Domain 0's block and network backends, its block devices and bridges. They start with their first use."""
         return Backends(self.dom0, self.daemons.xs, self.store, self.platform)
 
-    def attach_disk(self, guest: Guest | ModelledGuest, vdev: str, device: str, *, readonly: bool = False) -> DeviceRef:
-        """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda", `device` one of domain 0's.
+    def attach_disk(
+        self, guest: Guest | ModelledGuest, vdev: str, device: str | os.PathLike[str] | BlockStore, *,
+        readonly: bool = False, format: str = "", cache: str = "none",
+    ) -> DeviceRef:  # fmt: skip
+        """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda".
+
+        `device` is a block device of domain 0's by name, else the path of an image or block device here, or a store.
+        An image's `format` is xl's: raw, or what QEMU reads (qcow2 and others); `cache` "writeback" loses what the
+        guest didn't flush when its store `crash`es. An image that is opened here is locked, and closed when the disk
+        goes.
 
         It connects as the host runs; a real guest's kernel needs its frontend driver for that. XenError(EEXIST),
-        ValueError for a `vdev` that is none.
+        ValueError for a `vdev` that is none, and XenError as `diskimage.open_image` raises it.
         """
-        disk = Disk(vdev, device, readonly)
-        self.backends.manager.attach_disk(guest.domain.domid, disk)
-        return DeviceRef(guest.domain.domid, "vbd", disk.devid)
+        options: dict[str, Any] = {"readonly": readonly, "format": format, "cache": cache}
+        return self.backends.attach_disk(guest.domain.domid, vdev, device, **options)
+
+    def detach_disk(self, guest: Guest | ModelledGuest, vdev: str, *, force: bool = False) -> Completion[None]:
+        """Take a disk away (xl block-detach), done once both ends have closed; `force` doesn't wait for the guest.
+
+        XenError(ENOENT): there is none.
+        """
+        return self.backends.detach_disk(guest.domain.domid, vdev, force=force)
 
     def attach_nic(
         self, guest: Guest | ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0"
@@ -361,6 +377,8 @@ class Host:
             self._closed = True
             for guest in list(self.guests):
                 self.destroy(guest)
+            if "backends" in self.__dict__:
+                self.backends.close()
             self.hypervisor.machine.close()
 
     def __enter__(self) -> Host:

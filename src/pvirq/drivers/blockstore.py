@@ -64,6 +64,9 @@ class InPlaceStore(InPlace):
         error = self.readv(sector, [memoryview(buffer)])
         done(bytes(buffer) if error is None else None, error)
 
+    def close(self) -> None:
+        """Let go of whatever it holds."""
+
     def read(self, sector: int, count: int) -> bytes:
         """`count` sectors from `sector` on, for whoever looks at a disk from outside. OSError."""
         buffer = bytearray(count * SECTOR)

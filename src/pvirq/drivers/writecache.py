@@ -5,7 +5,7 @@ With it can be seen whether a guest flushes what it calls safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from pvirq.abi.errno import Errno
@@ -39,9 +39,7 @@ class WriteCache(InPlaceStore):
     def close(self) -> None:
         """The device goes in good order: it writes what it has, and closes what lies below."""
         self.flush(lambda _data, _error: None)
-        close: Callable[[], None] | None = getattr(self.store, "close", None)
-        if close is not None:
-            close()
+        self.store.close()
 
     def readv(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
         error = self.store.readv(sector, buffers)
