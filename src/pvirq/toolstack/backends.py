@@ -11,14 +11,14 @@ from pvirq.drivers.blkback import BlkBack
 from pvirq.drivers.blockstore import BlockDevices, BlockStore
 from pvirq.drivers.bridge import Network, PhysicalInterface
 from pvirq.drivers.netback import netback
-from pvirq.drivers.xenbus import Device, Driver, Xenbus
+from pvirq.drivers.xenbus import Device, Driver, DriverFactory, Xenbus
 from pvirq.drivers.xenstore import Client
 from pvirq.drivers.xs import Xs
 from pvirq.hardware.disk import BlockDriver
 from pvirq.hardware.nic import NicDriver
 from pvirq.hardware.platform import Platform
 from pvirq.linux.kernel import Kernel
-from pvirq.linux.kthread import Completion
+from pvirq.linux.kthread import Completion, Kthread
 from pvirq.toolstack.devices import DeviceManager, DeviceRef, Disk, vdev_number
 from pvirq.toolstack.diskimage import open_image
 
@@ -42,7 +42,8 @@ class Backends:
                 if device.bridge and device.bridge not in self.network.bridges:
                     self.network.add_bridge(device.bridge)
                 self.network.add(PhysicalInterface(name, device), device.bridge)
-        self.xenbus.start_backends({"vbd": self._blkback, "vif": netback(self.network)})
+        self._drivers: dict[str, DriverFactory] = {"vbd": self._blkback, "vif": netback(self.network)}
+        self.xenbus.start_backends(self._drivers)
 
     def _blkback(self, dev: Device) -> Driver:
         return BlkBack(dev, self.devices, persistent=self.feature_persistent)
@@ -89,6 +90,14 @@ class Backends:
         if store is None:
             raise XenError(Errno.ENOENT, f"domain {ref.domid} has no disk {ref.devid}")
         return store
+
+    def unload(self, kind: str) -> Kthread[None]:
+        """Remove the module that serves devices of a kind, vbd or vif (rmmod xen-blkback): they close, and stay."""
+        return self.xenbus.run("rmmod", self.xenbus.backends.unregister_driver(kind))
+
+    def load(self, kind: str) -> Kthread[None]:
+        """Load it again (modprobe xen-blkback): devices connect once their frontends begin anew."""
+        return self.xenbus.run("modprobe", self.xenbus.backends.register_driver(kind, self._drivers[kind]))
 
     def close(self) -> None:
         """Let go of the images that disks still have."""
