@@ -207,7 +207,8 @@ class BlkbackRing:
         except XenError as error:
             self.back.complain(error.why)
             self._unmap(request)
-            self._respond(ident, operation, BLKIF_RSP_ERROR)
+            # Of an indirect request it names the operation inside; a frontend takes no other for an answer.
+            self._respond(ident, request.operation, BLKIF_RSP_ERROR)
             return
         if request.operation in (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE):
             self._barrier = True

@@ -92,11 +92,14 @@ class Backends:
         return store
 
     def unload(self, kind: str) -> Kthread[None]:
-        """Remove the module that serves devices of a kind, vbd or vif (rmmod xen-blkback): they close, and stay."""
-        return self.xenbus.run("rmmod", self.xenbus.backends.unregister_driver(kind))
+        """Remove the module that serves devices of a kind, vbd or vif (rmmod xen-blkback).
+
+        Frontends aren't told (allow_rebind in xenbus_dev_remove): what they ask for waits until it is loaded again.
+        """
+        return self.xenbus.run("rmmod", self.xenbus.backends.kill_driver(kind))
 
     def load(self, kind: str) -> Kthread[None]:
-        """Load it again (modprobe xen-blkback): devices connect once their frontends begin anew."""
+        """Load it again (modprobe xen-blkback): it takes the frontends' rings up where they stand."""
         return self.xenbus.run("modprobe", self.xenbus.backends.register_driver(kind, self._drivers[kind]))
 
     def close(self) -> None:
