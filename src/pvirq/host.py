@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +19,14 @@ from typing import BinaryIO, Final, cast
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
+from pvirq.drivers.blockstore import BlockStore
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
 from pvirq.hardware import platform
 from pvirq.hardware.platform import DeviceTable
 from pvirq.linux import personalities
 from pvirq.linux.kernel import Kernel
+from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.modelled import ModelledGuest
@@ -36,7 +39,7 @@ from pvirq.toolstack import savefile
 from pvirq.toolstack.backends import Backends
 from pvirq.toolstack.config import DEFAULT_MEMORY, DiskConfig, DomainConfig, VifConfig
 from pvirq.toolstack.daemons import Daemons
-from pvirq.toolstack.devices import DeviceRef, Disk, Nic
+from pvirq.toolstack.devices import DeviceRef, Nic
 from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
@@ -238,21 +241,44 @@ class Host:
         """Domain 0's block and network backends, its block devices and bridges. They start with their first use."""
         return Backends(self.dom0, self.daemons.xs, self.store, self.platform)
 
-    def attach_disk(self, guest: Guest | ModelledGuest, vdev: str, device: str, *, readonly: bool = False) -> DeviceRef:
-        """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda", `device` one of domain 0's.
+    def attach_disk(
+        self, guest: Guest | ModelledGuest, vdev: str, device: str | os.PathLike[str] | BlockStore, *,
+        readonly: bool = False, format: str = "", cache: str = "none",
+    ) -> DeviceRef:  # fmt: skip
+        """Give a guest a disk (xl block-attach): `vdev` is what it calls it, as "xvda".
+
+        `device` is a block device of domain 0's by name, else the path of an image or block device here, or a store.
+        An image's `format` is xl's: raw, or what QEMU reads (qcow2 and others); `cache` "writeback" loses what the
+        guest didn't flush when its store `crash`es. An image that is opened here is locked, and closed when the disk
+        goes.
 
         It connects as the host runs; a real guest's kernel needs its frontend driver for that. XenError(EEXIST),
-        ValueError for a `vdev` that is none.
+        ValueError for a `vdev` that is none, and XenError as `diskimage.open_image` raises it.
         """
-        disk = DiskConfig(device, vdev, readonly=readonly)
-        ref = self._attach_disk(guest, disk)
+        named = os.fspath(device) if isinstance(device, (str, os.PathLike)) else ""
+        disk = DiskConfig(named, vdev, format, readonly=readonly, cache=cache)
+        ref = self._attach_disk(guest, disk, device)
+        if not named:
+            disk = replace(disk, target=self.store.read_text(f"{ref.backend}/params"))
         guest.config.disks.append(disk)
         return ref
 
-    def _attach_disk(self, guest: Guest | ModelledGuest, config: DiskConfig) -> DeviceRef:
-        disk = Disk(config.vdev, config.target, config.readonly, config.removable)
-        self.backends.manager.attach_disk(guest.domain.domid, disk)
-        return DeviceRef(guest.domain.domid, "vbd", disk.devid)
+    def _attach_disk(
+        self, guest: Guest | ModelledGuest, disk: DiskConfig, device: str | os.PathLike[str] | BlockStore | None = None
+    ) -> DeviceRef:
+        return self.backends.attach_disk(
+            guest.domain.domid, disk.vdev, device or disk.target, readonly=disk.readonly, format=disk.format,
+            cache=disk.cache,
+        )  # fmt: skip
+
+    def detach_disk(self, guest: Guest | ModelledGuest, vdev: str, *, force: bool = False) -> Completion[None]:
+        """Take a disk away (xl block-detach), done once both ends have closed; `force` doesn't wait for the guest.
+
+        XenError(ENOENT): there is none.
+        """
+        done = self.backends.detach_disk(guest.domain.domid, vdev, force=force)
+        guest.config.disks = [disk for disk in guest.config.disks if disk.vdev != vdev]
+        return done
 
     def attach_nic(
         self, guest: Guest | ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0"
@@ -452,6 +478,8 @@ class Host:
             self._closed = True
             for guest in list(self.guests):
                 self.destroy(guest)
+            if "backends" in self.__dict__:
+                self.backends.close()
             self.hypervisor.machine.close()
 
     def __enter__(self) -> Host:

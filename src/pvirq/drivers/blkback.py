@@ -10,10 +10,19 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
-from pvirq.abi.io_blkif import SECTOR_SIZE, VDISK_CDROM, VDISK_READONLY
+from pvirq.abi.io_blkif import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+    SECTOR_SIZE,
+    VDISK_CDROM,
+    VDISK_READONLY,
+)
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.blkback_ring import MAX_INDIRECT_SEGMENTS, BlkbackRing
-from pvirq.drivers.blockstore import BlockDevices, BlockStore, Discards
+from pvirq.drivers.blockstore import BlockDevices, BlockStore, Discards, InPlace
 from pvirq.drivers.xenbus import Device, Driver
 from pvirq.drivers.xs import XsWatch
 from pvirq.linux.irq import IrqError
@@ -22,6 +31,10 @@ from pvirq.xen.grant import GrantError
 
 MAX_RING_ORDER: Final = 4  # XENBUS_MAX_RING_GRANT_ORDER
 PROTOCOLS: Final = ("x86_64-abi", "")  # of 64-bit frontends, which an older one needn't name
+OPERATIONS: Final = {
+    BLKIF_OP_READ: "read", BLKIF_OP_WRITE: "write", BLKIF_OP_WRITE_BARRIER: "barrier",
+    BLKIF_OP_FLUSH_DISKCACHE: "flush", BLKIF_OP_DISCARD: "discard",
+}  # fmt: skip
 COMPLAINTS: Final = 10  # lines in the log for one device's bad requests
 
 
@@ -35,6 +48,7 @@ class BlkBack(Driver):
         super().__init__(dev)
         self.devices = devices
         self.store: BlockStore | None = None
+        self.in_place: InPlace | None = None  # the store, where it is such a one
         self.sectors = 0
         self.readonly = False
         self.persistent = False  # the frontend's grants may stay mapped
@@ -47,6 +61,7 @@ class BlkBack(Driver):
         self._watch: XsWatch | None = None
         self._number = ""
         self._complaints = 0
+        self._failures: set[tuple[int, Errno]] = set()
         self._draining: list[Callable[[], None]] = []
 
     # -- xenbus --------------------------------------------------------------------------------------------------------
@@ -89,6 +104,7 @@ class BlkBack(Driver):
             yield from dev.fatal(XenError(Errno.ENOENT, f"no device {number}"), "creating vbd structure")
             return
         self.store, self._number, self.sectors = store, number, store.sectors
+        self.in_place = store if isinstance(store, InPlace) else None
         self.readonly = "w" not in mode
         self._info = (VDISK_READONLY if self.readonly else 0) | (VDISK_CDROM if kind == "cdrom" else 0)
         yield from self._update_status()
@@ -216,7 +232,7 @@ class BlkBack(Driver):
         if watch is not None:
             yield from self.dev.xs.unwatch(watch)
         self.disconnect()
-        self.store, self._number = None, ""
+        self.store, self.in_place, self._number = None, None, ""
 
     # -- for the rings -------------------------------------------------------------------------------------------------
 
@@ -230,6 +246,14 @@ class BlkBack(Driver):
         if self._complaints <= COMPLAINTS:
             more = "; further ones are not logged" if self._complaints == COMPLAINTS else ""
             self.dev.kernel.printk(f"xen-blkback: {self.dev.nodename}: {why}{more}")
+
+    def failed(self, operation: int, error: Errno) -> None:
+        """The store couldn't: that is logged once for each kind of request and error."""
+        if (operation, error) not in self._failures:
+            self._failures.add((operation, error))
+            name = OPERATIONS.get(operation, str(operation))
+            printk, where = self.dev.kernel.printk, f"xen-blkback: {self.dev.nodename}"
+            printk(f"{where}: {name} of device {self._number} failed: {error.name}; further ones are not logged")
 
     def when_drained(self, action: Callable[[], None]) -> None:
         """Do something once nothing is under way on any ring (xen_blk_drain_io)."""

@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.grant_table import GNTST_bad_domain
 from pvirq.abi.io_blkif import (
     BLKIF_ENTRY_SIZE,
     BLKIF_MAX_SEGMENTS_PER_REQUEST,
@@ -28,7 +29,7 @@ from pvirq.abi.io_blkif import (
     SEGMENTS_PER_INDIRECT_FRAME,
 )
 from pvirq.abi.xen import PAGE_SHIFT
-from pvirq.drivers.blockstore import Discards, Flushes
+from pvirq.drivers.blockstore import Discards, Flushes, InPlace
 from pvirq.drivers.grants import Mapped
 from pvirq.drivers.ring import BackRing, RingPages
 from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
 MAX_INDIRECT_SEGMENTS: Final = 256
 MAX_PERSISTENT: Final = 1056  # grants that stay mapped for a ring (xen_blkback.max_persistent_grants)
 RW: Final = (BLKIF_OP_READ, BLKIF_OP_WRITE)
+IN_PLACE: Final = (*RW, BLKIF_OP_INDIRECT)
 DISPATCHED: Final = (*RW, BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT)
+# What a ring does before the others of its kernel get their turn.
+BUDGET_REQUESTS: Final = 64
+BUDGET_SECTORS: Final = 8 << 20 >> 9
+OPTIONAL: Final = (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD)  # a frontend does without
 SEGMENTS: Final = [struct.Struct("<" + "IBB2x" * n) for n in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)]
 
 
@@ -53,7 +59,21 @@ class _Request:
         self.ident = ident
         self.operation = operation
         self.mapped: list[Mapped] = []  # to unmap afterwards
-        self.pieces: list[tuple[int, int]] = []  # (machine address, size) of each segment
+        self.pieces: list[tuple[int, int]] = []  # (machine address, size) of the segments, adjacent ones as one
+
+
+def _place(request: _Request, mfns: list[int], listed: list[tuple[int, int, int]]) -> None:
+    """Where in memory the segments are. Those that lie behind one another are moved in one go."""
+    pieces, at, end = request.pieces, 0, -1
+    for mfn, (_, first, last) in zip(mfns, listed, strict=True):
+        start = (mfn << PAGE_SHIFT) + first * SECTOR_SIZE
+        if start != end:
+            if end >= 0:
+                pieces.append((at, end - at))
+            at = start
+        end = (mfn << PAGE_SHIFT) + (last + 1) * SECTOR_SIZE
+    if end >= 0:
+        pieces.append((at, end - at))
 
 
 class BlkbackRing:
@@ -78,6 +98,7 @@ class BlkbackRing:
         self._scheduling = False
         self._eoi_due = False
         self._irq = 0
+        self._budget = 0  # sectors
         self._owner = dev.kernel.domain.hypervisor.domain_or_zombie(self._domid)
         self._pages = self._gnttab.map_all(self._domid, refs)
         try:
@@ -120,14 +141,17 @@ class BlkbackRing:
         self._scheduling = True
         spurious = self._take_requests()
         self._scheduling = False
-        if self._eoi_due and not self._halted:  # a frontend whose ring is halted won't interrupt again
+        if spurious is None:
+            self._wake()
+        elif self._eoi_due and not self._halted:  # a frontend whose ring is halted won't interrupt again
             self._eoi_due = False
             self._events.eoi(self._irq, spurious)
 
-    def _take_requests(self) -> bool:
-        """Dispatch what is on the ring; returns whether there was nothing."""
+    def _take_requests(self) -> bool | None:
+        """Dispatch what is on the ring; returns whether there was nothing, or None: there is more than its turn's."""
         spurious = True
         ring = self.ring
+        requests, self._budget = BUDGET_REQUESTS, BUDGET_SECTORS
         while not self._halted and not self._barrier:
             produced = ring.req_prod
             if ring.overflow(produced):
@@ -138,6 +162,9 @@ class BlkbackRing:
                 )
                 break
             while ring.req_cons != produced and ring.unconsumed() and not self._barrier:
+                if not requests or self._budget <= 0:
+                    return None
+                requests -= 1
                 spurious = False
                 self._dispatch(ring.request())
             if self._barrier or not ring.more_requests():
@@ -159,10 +186,11 @@ class BlkbackRing:
         """dispatch_rw_block_io."""
         operation, segments, _, ident, sector = BLKIF_REQUEST.unpack_from(entry)
         request = _Request(ident, operation)
+        in_place = self.back.in_place if operation in IN_PLACE else None
         try:
             if operation == BLKIF_OP_INDIRECT:
                 _, request.operation, segments, _, _, _, *pages = BLKIF_REQUEST_INDIRECT.unpack_from(entry)
-                listed = self._indirect(request, segments, pages)
+                listed = self._indirect(request, segments, pages, in_place is not None)
             else:
                 if segments > BLKIF_MAX_SEGMENTS_PER_REQUEST or (
                     not segments and operation not in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER)
@@ -171,29 +199,41 @@ class BlkbackRing:
                 fields = SEGMENTS[segments].unpack_from(entry, BLKIF_REQUEST.size)
                 listed = list(zip(fields[::3], fields[1::3], fields[2::3], strict=True))
             count = self._check(request, sector, listed)
-            self._map_segments(request, listed)
+            if in_place is not None and not self.back.persistent:
+                mfns = self._access([ref for ref, _, _ in listed], readonly=request.operation != BLKIF_OP_READ)
+                _place(request, mfns, listed)
+            else:
+                self._map_segments(request, listed)
         except XenError as error:
             self.back.complain(error.why)
             self._unmap(request)
-            self._respond(ident, operation, BLKIF_RSP_ERROR)
+            # Of an indirect request it names the operation inside; a frontend takes no other for an answer.
+            self._respond(ident, request.operation, BLKIF_RSP_ERROR)
             return
         if request.operation in (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE):
             self._barrier = True
             self.back.when_drained(lambda: self._ordered(request, sector, count))
+        elif in_place is not None:
+            self._transfer(request, sector, in_place)
         else:
             self._submit(request, sector, count)
 
-    def _indirect(self, request: _Request, segments: int, refs: list[int]) -> list[tuple[int, int, int]]:
+    def _indirect(
+        self, request: _Request, segments: int, refs: list[int], in_place: bool
+    ) -> list[tuple[int, int, int]]:
         """Read an indirect request's segments out of the frontend's pages (xen_blkbk_parse_indirect)."""
         if request.operation not in RW:
             raise XenError(Errno.EINVAL, f"Invalid indirect operation ({request.operation})")
         if not 0 < segments <= MAX_INDIRECT_SEGMENTS:
             raise XenError(Errno.EINVAL, f"Bad number of segments in request ({segments})")
         listed: list[tuple[int, int, int]] = []
-        for i in range(-(-segments // SEGMENTS_PER_INDIRECT_FRAME)):
-            page = self._map(request, refs[i], readonly=True)
+        for ref in refs[: -(-segments // SEGMENTS_PER_INDIRECT_FRAME)]:
+            if in_place and not self.back.persistent:
+                page = self._machine.page(self._access([ref], readonly=True)[0])
+            else:
+                page = self._map(request, ref, readonly=True).page
             here = min(segments - len(listed), SEGMENTS_PER_INDIRECT_FRAME)
-            listed += BLKIF_SEGMENT.iter_unpack(bytes(page.page[: here * BLKIF_SEGMENT.size]))
+            listed += BLKIF_SEGMENT.iter_unpack(bytes(page[: here * BLKIF_SEGMENT.size]))
         return listed
 
     def _check(self, request: _Request, sector: int, listed: list[tuple[int, int, int]]) -> int:
@@ -203,6 +243,7 @@ class BlkbackRing:
             if last < first or last >= SECTORS_PER_PAGE:
                 raise XenError(Errno.EINVAL, f"Bad segment: sectors {first} to {last}")
             count += last - first + 1
+        self._budget -= count
         back = self.back
         writes = request.operation != BLKIF_OP_READ
         if (writes and count and back.readonly) or (count and sector + count > back.sectors):
@@ -229,12 +270,41 @@ class BlkbackRing:
     def _map_segments(self, request: _Request, listed: list[tuple[int, int, int]]) -> None:
         readonly = request.operation != BLKIF_OP_READ
         known = self._persistent
-        for ref, first, last in listed:
-            page = known.get(ref) or self._map(request, ref, readonly=readonly)
-            address = (page.mfn << PAGE_SHIFT) + first * SECTOR_SIZE
-            request.pieces.append((address, (last - first + 1) * SECTOR_SIZE))
+        _place(
+            request,
+            [(known.get(ref) or self._map(request, ref, readonly=readonly)).mfn for ref, _, _ in listed],
+            listed,
+        )
+
+    def _access(self, refs: list[int], *, readonly: bool) -> list[int]:
+        """Frames of a request's that is done before anybody else runs: they needn't be mapped."""
+        try:
+            if self._owner is None:
+                raise GrantError(GNTST_bad_domain, f"no domain {self._domid:#x}")
+            return self._gnttab.access(self._owner, refs, readonly)
+        except GrantError as error:
+            raise XenError(Errno.EIO, f"invalid buffer -- could not remap it ({error})") from error
 
     # -- the store -----------------------------------------------------------------------------------------------------
+
+    def _transfer(self, request: _Request, sector: int, store: InPlace) -> None:
+        """A read or write of a store that is done at once, in the frontend's own frames."""
+        mem = self._mem
+        buffers = [mem[at : at + size] for at, size in request.pieces]
+        self.in_flight += 1
+        if request.operation == BLKIF_OP_READ:
+            error = store.readv(sector, buffers)
+            self._frames_written(request)
+        else:
+            error = store.writev(sector, buffers)
+        self._end(request, error)
+
+    def _frames_written(self, request: _Request) -> None:
+        """Pages that are unmapped tell of it by themselves."""
+        if self._owner is not None:
+            written = self._owner.frame_written
+            for at, size in request.pieces:
+                written(at, size)
 
     def _submit(self, request: _Request, sector: int, count: int) -> None:
         store = self.back.store
@@ -254,10 +324,8 @@ class BlkbackRing:
             for at, size in request.pieces:
                 mem[at : at + size] = data[start : start + size]
                 start += size
-            # Pages that are unmapped tell of it by themselves.
-            if self.back.persistent and self._owner is not None:
-                for at, size in request.pieces:
-                    self._owner.frame_written(at, size)
+            if self.back.persistent:
+                self._frames_written(request)
         self._end(request, error)
 
     def _ordered(self, request: _Request, sector: int, count: int) -> None:
@@ -304,12 +372,14 @@ class BlkbackRing:
             for page in request.mapped:
                 self._gnttab.unmap(page)
             return
-        if error is not None:
-            self.back.complain(f"request of the device failed: {error.name}")
         if request.mapped:
             self._unmap(request)
-        operation = request.operation
-        self._respond(request.ident, operation, BLKIF_RSP_OKAY if error is None else BLKIF_RSP_ERROR)
+        operation, status = request.operation, BLKIF_RSP_OKAY
+        if error is not None:
+            self.back.failed(operation, error)
+            unsupported = error is Errno.EOPNOTSUPP and operation in OPTIONAL
+            status = BLKIF_RSP_EOPNOTSUPP if unsupported else BLKIF_RSP_ERROR
+        self._respond(request.ident, operation, status)
         self.back.request_done()
 
     def _unmap(self, request: _Request) -> None:

@@ -88,7 +88,7 @@ class Queue:
         """Put what fits on the ring and keep the rest; the backend is told once (blkif_queue_rq, flush_requests)."""
         if self.broken:
             for request in requests:
-                request.done.fail(XenError(Errno.EIO, "the backend broke the ring"))
+                request.done.fail(XenError(Errno.EIO, f"{self.front.name} is dead"))
             return
         self._waiting += requests
         self._kick()
@@ -225,6 +225,11 @@ class Queue:
         self._fail_all()
         return IRQ_HANDLED
 
+    def die(self) -> None:
+        """The backend closes: no request is answered any more (blk_mark_disk_dead)."""
+        self.broken = True
+        self._fail_all()
+
     def _fail_all(self) -> None:
         """Requests that are under way fail. Their pages are kept till the end: the backend may still write to them."""
         pending = [*self._shadow.values(), *self._waiting]
@@ -355,6 +360,9 @@ class BlkFront(Driver):
             elif dev.state == XenbusState.Connected:
                 self.sectors = yield from dev.xs.read_int(dev.other("sectors"), self.sectors)
         elif state == XenbusState.Closing or (state == XenbusState.Closed and dev.state != XenbusState.Closed):
+            # blkfront_closing: nobody answers any more, now or later.
+            for queue in self.queues:
+                queue.die()
             yield from dev.frontend_closed()
 
     def _talk_to_blkback(self) -> Body[None]:

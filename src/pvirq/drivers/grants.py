@@ -10,8 +10,9 @@ from pvirq.abi import grant_table as abi
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
 from pvirq.linux.kernel import Kernel
+from pvirq.xen.domain import Domain
 from pvirq.xen.grant import GrantError, GrantTable
-from pvirq.xen.grant_map import PlainMapper, map_grant, unmap_grant
+from pvirq.xen.grant_map import PlainMapper, access_grants, map_grant, unmap_grant
 
 GREFS_PER_FRAME: Final = PAGE_SIZE // abi.GRANT_ENTRY_V1_SIZE
 IN_USE: Final = abi.GTF_reading | abi.GTF_writing
@@ -133,6 +134,10 @@ class Gnttab:
         flags = abi.GNTMAP_host_map | abi.GNTMAP_readonly if readonly else abi.GNTMAP_host_map
         handle, mfn = map_grant(self.table, self._mapper, self._kernel.cpu, ANYWHERE, flags, ref, domid)
         return Mapped(self._machine.page(mfn), mfn, handle)
+
+    def access(self, granter: Domain, refs: Iterable[int], readonly: bool = False) -> list[int]:
+        """The mfns of frames that `granter` grants, for the time of one call: nothing is mapped. GrantError."""
+        return access_grants(self._kernel.domain, granter, refs, readonly)
 
     def map_all(self, domid: int, refs: Iterable[int]) -> list[Mapped]:
         """Map several or, where one can't be, none."""

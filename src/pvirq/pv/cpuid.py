@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from pvirq.abi.xen import PAGE_SHIFT
 from pvirq.engine.protocol import CpuidLeaf
 from pvirq.xen.timer import Clock
 
@@ -16,7 +17,6 @@ XEN_CPUID_BASE: Final = 0x40000000
 XEN_CPUID_MAX_NUM_LEAVES: Final = 5
 XEN_VERSION: Final = 4 << 16 | 17
 XEN_CPUID_FEAT1_MMU_PT_UPDATE_PRESERVE_AD: Final = 1
-MACHINE_ADDRESS_BITS: Final = 46
 
 
 def _bits(*numbers: int) -> int:
@@ -35,10 +35,12 @@ EXTENDED1_ECX_HIDDEN: Final = _bits(2, 3, 10, 12)
 EXTENDED1_EDX_HIDDEN: Final = _bits(1, 3, 7, 12, 13, 14, 17, 25, 26)
 
 
-def guest_cpuid(native: Callable[[int, int], CpuidLeaf], clock: Clock, leaf: int, subleaf: int) -> CpuidLeaf:
-    """The answer to CPUID with EAX=`leaf`, ECX=`subleaf`."""
+def guest_cpuid(
+    native: Callable[[int, int], CpuidLeaf], clock: Clock, frames: int, leaf: int, subleaf: int
+) -> CpuidLeaf:
+    """The answer to CPUID with EAX=`leaf`, ECX=`subleaf`, on a machine with so many `frames` of memory."""
     if XEN_CPUID_BASE <= leaf < XEN_CPUID_BASE + 0x100:
-        return _xen_leaf(clock, leaf - XEN_CPUID_BASE, subleaf)
+        return _xen_leaf(clock, frames, leaf - XEN_CPUID_BASE, subleaf)
     eax, ebx, ecx, edx = native(leaf, subleaf if leaf in (4, 7, 0xB, 0xD) else 0)
     match leaf:
         case 0:
@@ -59,7 +61,7 @@ def guest_cpuid(native: Callable[[int, int], CpuidLeaf], clock: Clock, leaf: int
     return eax, ebx, ecx, edx
 
 
-def _xen_leaf(clock: Clock, leaf: int, subleaf: int) -> CpuidLeaf:
+def _xen_leaf(clock: Clock, frames: int, leaf: int, subleaf: int) -> CpuidLeaf:
     match leaf, subleaf:
         case 0, _:
             return XEN_CPUID_BASE + XEN_CPUID_MAX_NUM_LEAVES, *_text(b"XenVMMXenVMM")
@@ -74,7 +76,8 @@ def _xen_leaf(clock: Clock, leaf: int, subleaf: int) -> CpuidLeaf:
         case 3, 2:
             return int(clock.hz / 1000), 0, 0, 0
         case 5, 0:
-            return 0, MACHINE_ADDRESS_BITS, 0, 0
+            # The width of machine addresses: beyond 44 bits Linux has grant tables of version 2.
+            return 0, (frames - 1).bit_length() + PAGE_SHIFT, 0, 0
         case _:
             return 0, 0, 0, 0
 

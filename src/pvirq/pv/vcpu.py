@@ -461,4 +461,5 @@ class PvVcpu(GuestMemory):
         return True
 
     def cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
-        return guest_cpuid(self.engine.native_cpuid, self.domain.hypervisor.clock, leaf, subleaf)
+        domain = self.domain
+        return guest_cpuid(self.engine.native_cpuid, domain.hypervisor.clock, domain.machine.frames, leaf, subleaf)

@@ -26,7 +26,10 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class DiskConfig:
-    """A disk. `target` is a device of domain 0's or a file, `format` raw, qcow2 or "" (looked at)."""
+    """A disk. `target` is a device of domain 0's or a file, `format` raw, qcow2 or "" (looked at).
+
+    `cache` is no setting of xl's: none, or writeback for one that loses what wasn't flushed when it crashes.
+    """
 
     target: str
     vdev: str
@@ -35,6 +38,7 @@ class DiskConfig:
     removable: bool = False
     cdrom: bool = False
     discard: bool = True
+    cache: str = "none"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
-from pvirq.drivers.blockstore import BlockDevices
+from pvirq.drivers.blockstore import BlockDevices, BlockStore
 from pvirq.drivers.bridge import Network
 from pvirq.drivers.xenstore import Client, Operations, Perm, WatchHandle
 from pvirq.linux.kthread import Completion
@@ -28,7 +28,7 @@ EXTENDED: Final = 1 << 28
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk of a domain: `params` is the block device in domain 0, `vdev` its name in the guest, such as xvda."""
+    """A disk of a domain: `params` is the block device or file in domain 0, `vdev` its name in the guest, as xvda."""
 
     vdev: str
     params: str
@@ -118,11 +118,18 @@ class DeviceManager:
         self.store = store
         self._devices = devices
         self._network = network
+        self._loops: dict[DeviceRef, str] = {}  # loop devices that scripts have made
+        self._closing: dict[DeviceRef, Callable[[], None]] = {}  # what goes with a disk
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
-    def attach_disk(self, domid: int, disk: Disk) -> Completion[DeviceRef]:
+    def attach_disk(
+        self, domid: int, disk: Disk, image: BlockStore | None = None, on_gone: Callable[[], None] | None = None
+    ) -> Completion[DeviceRef]:
         """Give a domain a disk; done when its backend has the block device. XenError(EEXIST): it has one there.
+
+        With an `image`, `disk.params` is a file in domain 0, which the script makes a loop device, for as long as the
+        disk is there. `on_gone` is called when the disk has gone, or didn't come.
 
         Fails with XenError(ENOENT) where domain 0 has no such block device, its text in `hotplug-error`.
         """
@@ -137,8 +144,15 @@ class DeviceManager:
             ("backend-id", 0), ("state", 1), ("virtual-device", ref.devid), ("device-type", "disk"), ("trusted", 1),
             ("protocol", PROTOCOL),
         ]  # fmt: skip
-        self._add(ref, back, front, [])
-        return self._when_ready(ref, lambda: self._block_script(ref, disk.params))
+        try:
+            self._add(ref, back, front, [])
+        except XenError:
+            if on_gone is not None:
+                on_gone()
+            raise
+        if on_gone is not None:
+            self._closing[ref] = on_gone
+        return self._when_ready(ref, lambda: self._block_script(ref, disk.params, image))
 
     def attach_nic(self, domid: int, nic: Nic) -> Completion[DeviceRef]:
         """Give a domain a network interface; done when it is on its bridge. XenError(EEXIST)."""
@@ -152,10 +166,14 @@ class DeviceManager:
         self._add(ref, back, front, [("mtu", nic.mtu)])
         return self._when_ready(ref, lambda: self._vif_script(ref, nic.bridge))
 
-    def _add(self, ref: DeviceRef, back: Nodes, front: Nodes, front_ro: Nodes) -> None:
-        """libxl__device_generic_add."""
+    def check_free(self, ref: DeviceRef) -> None:
+        """XenError(EEXIST): the domain has that device."""
         if self.store.exists(f"{ref.libxl}/backend"):
             raise XenError(Errno.EEXIST, f"domain {ref.domid} has {ref.kind} {ref.devid}")
+
+    def _add(self, ref: DeviceRef, back: Nodes, front: Nodes, front_ro: Nodes) -> None:
+        """libxl__device_generic_add."""
+        self.check_free(ref)
         theirs = Perm.parse(f"n{ref.domid}"), Perm.parse("r0")
         ours = Perm.parse("n0"), Perm.parse(f"r{ref.domid}")
         frontend, backend, libxl = ref.frontend, ref.backend, ref.libxl
@@ -209,13 +227,16 @@ class DeviceManager:
         watch.append(self.store.watch(f"{ref.backend}/state", f"{ref.kind}-{ref.domid}-{ref.devid}", changed))
         changed("", "")
 
-    def _block_script(self, ref: DeviceRef, params: str) -> None:
-        """/etc/xen/scripts/block add."""
-        number = self._devices.number(params)
+    def _block_script(self, ref: DeviceRef, device: str, image: BlockStore | None) -> None:
+        """/etc/xen/scripts/block add: a file gets a loop device (losetup -f)."""
+        if image is not None:
+            device = self._loops[ref] = self._devices.add_free("loop", image)
+            self.store.write(f"{ref.backend}/node", device)
+        number = self._devices.number(device)
         if number is None:
-            raise XenError(Errno.ENOENT, f"{params} does not exist")
+            raise XenError(Errno.ENOENT, f"{device} does not exist")
         self.store.write(f"{ref.backend}/physical-device", number)
-        self.store.write(f"{ref.backend}/physical-device-path", params)
+        self.store.write(f"{ref.backend}/physical-device-path", device)
         self.store.write(f"{ref.backend}/hotplug-status", "connected")
 
     def _vif_script(self, ref: DeviceRef, bridge: str) -> None:
@@ -255,6 +276,8 @@ class DeviceManager:
         """The scripts' `remove` and libxl__device_destroy: its nodes, and directories that are empty with that."""
         if ref.kind == "vif":
             self._network.detach(ref.vif)
+        elif (loop := self._loops.pop(ref, None)) is not None:
+            self._devices.remove(loop)  # losetup -d
         for path, levels in ((ref.frontend, 1), (ref.backend, 2), (ref.libxl, 1)):
             if self.store.exists(path):
                 self.store.rm(path)
@@ -263,6 +286,9 @@ class DeviceManager:
                 if not self.store.exists(path) or self.store.ls(path):
                     break
                 self.store.rm(path)
+        gone = self._closing.pop(ref, None)
+        if gone is not None:
+            gone()
 
     def detach_all(self, domid: int) -> None:
         """Take all devices of a domain that has ended away (libxl__devices_destroy)."""
@@ -274,3 +300,9 @@ class DeviceManager:
                 continue
             for devid in self.store.ls(f"{base}/{kind}"):
                 self.detach(DeviceRef(domid, kind, int(devid)), force=True)
+
+    def close(self) -> None:
+        """The host ends: let go of what disks still have."""
+        closing, self._closing = self._closing, {}
+        for gone in closing.values():
+            gone()

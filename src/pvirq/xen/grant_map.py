@@ -7,6 +7,7 @@ Where a mapping is in an address space is up to the user's `Mapper`: a real gues
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Final, NamedTuple, Protocol
 
 from pvirq.abi import grant_table as abi
@@ -21,8 +22,11 @@ from pvirq.xen.grant import (
     GrantError,
     GrantTable,
 )
+from pvirq.xen.memory import PGT_WRITABLE
 
 MAPTRACK_PER_PAGE: Final = PAGE_SIZE // 16
+ENTRIES_MASK: Final = PAGE_SIZE // abi.GRANT_ENTRY_V1_SIZE - 1
+ENTRIES_SHIFT: Final = ENTRIES_MASK.bit_length()
 MAPS: Final = abi.GNTMAP_device_map | abi.GNTMAP_host_map
 
 
@@ -184,6 +188,50 @@ def _get_and_map(user: Domain, granter: Domain, mapper: Mapper, address: int, mf
     except GrantError:
         _put(mapper, mfn, writable, taken)
         raise
+
+
+def access_grants(user: Domain, granter: Domain, refs: Iterable[int], readonly: bool) -> list[int]:
+    """Use granted frames for the time of one call, as GNTTABOP_copy does; their mfns are good until others run.
+
+    What may be mapped may be used so, and nothing else. Who writes tells `granter.frame_written`. GrantError for the
+    first that may not be.
+    """
+    table = granter.grant_table
+    if table is None:
+        raise GrantError(abi.GNTST_general_error, f"domain {granter.domid} grants nothing")
+    machine = user.machine
+    u64, owner, type_, type_count = machine.u64, machine.owner, machine.type, machine.type_count
+    frames, active, owner_id = table.frames, table.active, granter.domid
+    entries, most = 0 if granter.dying else table.entries, machine.frames
+    shift = 0 if table.version == 1 else 1  # words of 64 bits for each entry
+    frame_shift, frame_mask = ENTRIES_SHIFT - shift, ENTRIES_MASK >> shift
+    mask = abi.GTF_type_mask | abi.GTF_sub_page | 0xFFFF << 16 | (0 if readonly else abi.GTF_readonly)
+    expected = abi.GTF_permit_access | user.domid << 16
+    mfns = []
+    for ref in refs:
+        mfn = most
+        if ref < entries and ref not in active:
+            # What `acquire` would mark as used, and `release` take back at once, is only looked at.
+            at = (frames[ref >> frame_shift] << ENTRIES_SHIFT) + ((ref & frame_mask) << shift)
+            entry = u64[at]
+            if entry & mask == expected:
+                mfn = u64[at + 1] if shift else entry >> 32
+        if mfn >= most or owner[mfn] != owner_id:
+            mfn = _acquire_now(user, table, ref, readonly)
+        if not readonly and type_count[mfn] and type_[mfn] != PGT_WRITABLE:
+            raise GrantError(abi.GNTST_general_error, f"mfn {mfn:#x} is a page table or descriptor page")
+        mfns.append(mfn)
+    return mfns
+
+
+def _acquire_now(user: Domain, table: GrantTable, ref: int, readonly: bool) -> int:
+    """A grant that is in use already, or one whose error is to be told."""
+    increment = GNTPIN_hstr_inc if readonly else GNTPIN_hstw_inc
+    mfn = table.acquire(ref, user.domid, increment, mapping=True).mfn
+    table.release(ref, increment)
+    if user.machine.owner[mfn] != table.domain.domid:
+        raise GrantError(abi.GNTST_general_error, f"mfn {mfn:#x} is not domain {table.domain.domid}'s any more")
+    return mfn
 
 
 def _put(mapper: Mapper, mfn: int, writable: bool, times: int) -> None:
