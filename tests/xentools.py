@@ -19,12 +19,12 @@ from pvirq.toolstack.packages import FetchError, Source
 
 SOURCES = Path(__file__).parent / "xentools"
 MODULES = ("xenfs", "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc")
-# libxen-dev depends on all of the libraries, each on libc6.
+# libxen-dev depends on all of the libraries, each on libc6, and that on libgcc-s1 (for pthread_cancel).
 _SOURCES = (
-    Source("apt-get", ("libxen-dev",), r"libxen(?!misc).*|libc6"),
+    Source("apt-get", ("libxen-dev",), r"libxen(?!misc).*|libc6|libgcc-s1"),
     Source("apt-get", ("xenstore-utils",)),
 )
-_LIBRARY = re.compile(r"(?:usr/)?lib/x86_64-linux-gnu/((?:libxen\w+|libc)\.so\.\d+)(?:\.\d+)*")
+_LIBRARY = re.compile(r"(?:usr/)?lib/x86_64-linux-gnu/((?:libxen\w+|libc|libgcc_s)\.so\.\d+)(?:\.\d+)*")
 _LOADER = re.compile(r"(?:usr/)?lib/x86_64-linux-gnu/(ld-linux-x86-64\.so\.2)")
 _APPLETS = ("chmod", "exists", "list", "ls", "read", "rm", "watch", "write")
 
