@@ -1,4 +1,4 @@
-"""Debian's own Xen clients in real guests: xenstore-ls and its like, and programs on libxenevtchn, libxengnttab, libxencall.
+"""Debian's own Xen clients in real guests: xenstore-ls and its like, programs on libxenevtchn, libxengnttab, libxencall.
 
 They come to Xen by /dev/xen/xenbus, /dev/xen/evtchn, /dev/xen/gntalloc, /dev/xen/gntdev and /proc/xen/privcmd.
 """
@@ -137,7 +137,7 @@ def test_watches_both_ways(pair: Pair) -> None:
 def test_round_trips_are_interrupts_one_for_one(pair: Pair, trips: int) -> None:
     host, guest = pair.host, pair.one
     user = host.dom0.evtchn_user("tests")
-    port = user.bind_unbound(guest.domain.domid, lambda port: user.notify(port))
+    port = user.bind_unbound(guest.domain.domid, user.notify)
     text = sh(guest, f"pingpong 0 {port} {trips}", timeout=None)
     # Binding raises the new port once.
     assert sum(row(text, "evtchn:pingpong")) == trips + 1

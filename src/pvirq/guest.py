@@ -91,8 +91,11 @@ class Guest:
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
-    def start(self, image: KernelImage, initrd: bytes, append: str) -> None:
-        """Build the domain, and connect it to domain 0 where it isn't that itself (as `xl create` does)."""
+    def start(self, image: KernelImage, initrd: bytes, append: str, vcpus: int) -> None:
+        """Build the domain, and connect it to domain 0 where it isn't that itself (as `xl create` does).
+
+        Of its vCPUs it is to use the first `vcpus`.
+        """
         self.image = image
         self.machine.on_console_io = self.console.put_direct
         if not self.domain.domid:
@@ -104,9 +107,9 @@ class Guest:
         machine.console_port = evtchn.alloc_unbound(dom0, self.domain.domid, 0)
         machine.uuid = uuid.UUID(self.uuid).bytes
         layout = builder.build(machine, image, initrd, append)
-        self._connect(machine.mfn(layout.xenstore), machine.mfn(layout.console), append)
+        self._connect(machine.mfn(layout.xenstore), machine.mfn(layout.console), append, vcpus)
 
-    def _connect(self, store_mfn: int, console_mfn: int, cmdline: str) -> None:
+    def _connect(self, store_mfn: int, console_mfn: int, cmdline: str, vcpus: int) -> None:
         """Tell xenstore of the guest, and give the daemons of domain 0 their ends of its rings."""
         host, domain, machine = self.host, self.domain, self.machine
         # Domain 0 has them mapped for as long as the guest lives: given back, they must not become another guest's.
@@ -116,7 +119,7 @@ class Guest:
             domain,
             self.console,
             toolstack.DomainInfo(
-                domain.domid, self.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
+                domain.domid, self.name, machine.frames * 4, len(domain.vcpus), vcpus, machine.store_port,
                 store_mfn, machine.console_port, console_mfn, cmdline=cmdline, uuid=self.uuid,
             ),
         )  # fmt: skip

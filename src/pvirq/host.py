@@ -29,6 +29,7 @@ from pvirq.modelled import ModelledGuest
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
+from pvirq.toolstack import control
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.backends import Backends
 from pvirq.toolstack.daemons import Daemons
@@ -100,9 +101,12 @@ class Host:
 
     def boot(
         self, kernel: str | os.PathLike[str] | bytes | KernelImage, *, initrd: bytes | str | os.PathLike[str] = b"",
-        append: str = "", memory: int = DEFAULT_MEMORY, vcpus: int = 1, name: str | None = None,
+        append: str = "", memory: int = DEFAULT_MEMORY, vcpus: int = 1, maxvcpus: int = 0, name: str | None = None,
     ) -> Guest:  # fmt: skip
         """Build a guest that will start at its kernel's entry when the host next runs; `memory` in bytes.
+
+        It has `maxvcpus` vCPUs (0: as many as `vcpus`), of which its kernel is to use the first `vcpus`: see
+        `set_vcpus`.
 
         In a host without a modelled domain 0 it becomes domain 0, privileged; there can be only that one.
 
@@ -111,11 +115,14 @@ class Host:
         """
         image = kernel if isinstance(kernel, KernelImage) else load_image(kernel)
         data = initrd if isinstance(initrd, bytes) else _read_initrd(Path(initrd))
+        maxvcpus = maxvcpus or vcpus
+        if not 1 <= vcpus <= maxvcpus:
+            raise BuildError(f"{vcpus} of {maxvcpus} vCPUs")
         try:
             if self.has_dom0:
-                domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
+                domain = self.hypervisor.create_domain(vcpus=maxvcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
             else:
-                domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
+                domain = self.hypervisor.create_domain(0, privileged=True, vcpus=maxvcpus)
         except XenError as error:
             raise BuildError(error.why) from None
         try:
@@ -134,7 +141,7 @@ class Host:
         guest = Guest(self, domain, machine, name or f"guest{domain.domid}")
         self.guests.append(guest)
         try:
-            guest.start(image, data, append)
+            guest.start(image, data, append, vcpus)
         except BaseException:
             self.destroy(guest)
             raise
@@ -194,6 +201,40 @@ class Host:
             for vcpu in domain.vcpus:
                 if vcpu.runnable:
                     self._wake(vcpu)  # what woke it while it was paused was in vain
+
+    def shutdown(
+        self, guest: Guest | ModelledGuest, how: str = "poweroff", timeout: float | None = control.ACKNOWLEDGE_S
+    ) -> None:
+        """Ask a guest to end (xl shutdown, xl reboot): "poweroff", "reboot", "halt", "suspend".
+
+        Runs the host until the guest's kernel has taken the request, `timeout` seconds at most; its end is then to be
+        waited for. ControlError where it can't be asked or doesn't react, ValueError for another `how`.
+        """
+        request = control.ShutdownRequest(self.store, guest.domain.domid, guest.name, how)
+        ended = guest.domain
+        try:
+            self.run(
+                lambda: request.acknowledged or ended.shutdown_reason is not None,
+                None if timeout is None else int(timeout * NS_PER_S),
+            )
+        except HostStuck:
+            pass
+        finally:
+            request.close()
+        if not request.acknowledged and ended.shutdown_reason is None:
+            raise control.ControlError(f"{guest.name} didn't acknowledge the request ({how})")
+
+    def sysrq(self, guest: Guest | ModelledGuest, key: str) -> None:
+        """Send a guest's kernel a magic key (xl sysrq); it reacts as the host runs. ValueError, ControlError."""
+        control.send_sysrq(self.store, guest.domain.domid, guest.name, key)
+
+    def set_vcpus(self, guest: Guest | ModelledGuest, count: int) -> None:
+        """Let a guest use its first `count` vCPUs (xl vcpu-set); its kernel brings them up or down as the host runs.
+
+        ControlError for more than it has.
+        """
+        domain = guest.domain
+        control.set_vcpus(self.store, domain.domid, guest.name, count, len(domain.vcpus))
 
     def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""
