@@ -23,6 +23,7 @@ from pvirq.pv.image import KernelImage
 from pvirq.pv.save import SavedDomain
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.config import DomainConfig
+from pvirq.toolstack.control import ControlError
 from pvirq.toolstack.daemons import Ends
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain
@@ -92,7 +93,7 @@ class Guest:
         self._dom0_ports: Ends | None = None
         self._waiting_for_agent = True
         self._commands = 0
-        self._restored = False
+        self.restored = False  # from a file, not booted
 
     # -- coming and going ----------------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Guest:
         self._open_ports()
         rings = restore.restore(self.machine, saved)
         self._connect(rings.store_mfn, rings.console_mfn)
-        self._restored = True
+        self.restored = True
         self._waiting_for_agent = False  # who has one has said so long ago
 
     def _open_ports(self) -> None:
@@ -133,7 +134,7 @@ class Guest:
             domain,
             self.console,
             toolstack.DomainInfo(
-                domain.domid, config.name, machine.frames * 4, len(domain.vcpus), len(domain.vcpus), machine.store_port,
+                domain.domid, config.name, machine.frames * 4, len(domain.vcpus), config.vcpus, machine.store_port,
                 store_mfn, machine.console_port, console_mfn, kernel=config.kernel, ramdisk=config.ramdisk,
                 cmdline=config.cmdline, uuid=config.uuid, start_time=host.wallclock(),
             ),
@@ -144,16 +145,12 @@ class Guest:
 
         GuestError where its kernel doesn't take such requests or ends otherwise, GuestTimeout.
         """
-        control = f"/local/domain/{self.domain.domid}/control"
-        store = self.host.store
-        # Linux says so once, when it boots: a domain that was restored has no such node.
-        if not self._restored and store.read_text(f"{control}/feature-suspend", "") != "1":
-            raise GuestError(f"{self.name} can't be suspended: its kernel doesn't say that it takes such a request")
-        store.write(f"{control}/shutdown", "suspend")
+        try:
+            self.host.shutdown(self, "suspend", timeout)
+        except ControlError as error:
+            raise GuestError(str(error)) from None
         limit = None if timeout is None else int(timeout * NS_PER_S)
-        done = self.host.run(lambda: self.ended, limit)
-        if not done:
-            store.write(f"{control}/shutdown", "")
+        if not self.host.run(lambda: self.ended, limit):
             raise GuestTimeout(f"{timeout:g} s of guest time passed; waiting for {self.name} to suspend")
         if self.shutdown_reason != "suspend":
             raise GuestError(f"{self.name} ended ({self.shutdown_reason}) when it was to suspend")

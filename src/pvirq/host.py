@@ -34,8 +34,8 @@ from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
+from pvirq.toolstack import control, savefile
 from pvirq.toolstack import domain as toolstack
-from pvirq.toolstack import savefile
 from pvirq.toolstack.backends import Backends
 from pvirq.toolstack.config import DEFAULT_MEMORY, DiskConfig, DomainConfig, VifConfig
 from pvirq.toolstack.daemons import Daemons
@@ -106,9 +106,12 @@ class Host:
 
     def boot(
         self, kernel: str | os.PathLike[str] | bytes | KernelImage, *, initrd: bytes | str | os.PathLike[str] = b"",
-        append: str = "", memory: int = DEFAULT_MEMORY, vcpus: int = 1, name: str | None = None,
+        append: str = "", memory: int = DEFAULT_MEMORY, vcpus: int = 1, maxvcpus: int = 0, name: str | None = None,
     ) -> Guest:  # fmt: skip
         """Build a guest that will start at its kernel's entry when the host next runs; `memory` in bytes.
+
+        It has `maxvcpus` vCPUs (0: as many as `vcpus`), of which its kernel is to use the first `vcpus`: see
+        `set_vcpus`.
 
         In a host without a modelled domain 0 it becomes domain 0, privileged; there can be only that one.
 
@@ -116,8 +119,9 @@ class Host:
         engine can't.
         """
         config = DomainConfig(
-            name=name or "", kernel=_path(kernel), ramdisk=_path(initrd), cmdline=append, memory=memory, vcpus=vcpus
-        )
+            name=name or "", kernel=_path(kernel), ramdisk=_path(initrd), cmdline=append, memory=memory, vcpus=vcpus,
+            maxvcpus=maxvcpus or vcpus,
+        )  # fmt: skip
         return self.create(config, kernel=kernel, initrd=initrd)
 
     def create(
@@ -151,7 +155,9 @@ class Host:
 
     def _new_guest(self, config: DomainConfig, memory: int) -> Guest:
         """A domain with `memory` bytes, an engine, and nothing in it. BuildError, EngineError."""
-        vcpus = max(config.vcpus, config.maxvcpus)
+        vcpus = config.maxvcpus or config.vcpus
+        if not 1 <= config.vcpus <= vcpus:
+            raise BuildError(f"{config.vcpus} of {vcpus} vCPUs")
         try:
             if self.has_dom0:
                 domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=config.max_event_channels)
@@ -307,6 +313,42 @@ class Host:
             for vcpu in domain.vcpus:
                 if vcpu.runnable:
                     self._wake(vcpu)  # what woke it while it was paused was in vain
+
+    def shutdown(
+        self, guest: Guest | ModelledGuest, how: str = "poweroff", timeout: float | None = control.ACKNOWLEDGE_S
+    ) -> None:
+        """Ask a guest to end (xl shutdown, xl reboot): "poweroff", "reboot", "halt", "suspend".
+
+        Runs the host until the guest's kernel has taken the request, `timeout` seconds at most; its end is then to be
+        waited for. ControlError where it can't be asked or doesn't react, ValueError for another `how`.
+        """
+        unasked = isinstance(guest, Guest) and guest.restored
+        request = control.ShutdownRequest(self.store, guest.domain.domid, guest.name, how, unasked=unasked)
+        ended = guest.domain
+        try:
+            self.run(
+                lambda: request.acknowledged or ended.shutdown_reason is not None,
+                None if timeout is None else int(timeout * NS_PER_S),
+            )
+        except HostStuck:
+            pass
+        finally:
+            request.close()
+        if not request.acknowledged and ended.shutdown_reason is None:
+            raise control.ControlError(f"{guest.name} didn't acknowledge the request ({how})")
+
+    def sysrq(self, guest: Guest | ModelledGuest, key: str) -> None:
+        """Send a guest's kernel a magic key (xl sysrq); it reacts as the host runs. ValueError, ControlError."""
+        control.send_sysrq(self.store, guest.domain.domid, guest.name, key)
+
+    def set_vcpus(self, guest: Guest | ModelledGuest, count: int) -> None:
+        """Let a guest use its first `count` vCPUs (xl vcpu-set); its kernel brings them up or down as the host runs.
+
+        ControlError for more than it has.
+        """
+        domain = guest.domain
+        control.set_vcpus(self.store, domain.domid, guest.name, count, len(domain.vcpus))
+        guest.config.vcpus = count
 
     def destroy(self, guest: Guest | ModelledGuest) -> None:
         """End a guest at once (xl destroy): both ends of its channels close, its memory is free."""

@@ -31,6 +31,14 @@ if [ -f /pvirq/links ]; then
 	fi
 fi
 
+# What a busybox's halt, poweroff and reboot send to the init that they take for granted; it comes to pass when the
+# command that runs then has ended (so an interactive shell has aliases). And what the kernel runs when the toolstack
+# asks; a missing /sbin/reboot it does without.
+trap 'exec $bb halt -f' USR1
+trap 'exec $bb poweroff -f' USR2
+trap 'exec $bb reboot -f' TERM
+[ -x /sbin/poweroff ] || echo /pvirq/poweroff > /proc/sys/kernel/poweroff_cmd
+
 if [ -f /pvirq/modules ]; then
 	while read -r module; do
 		$bb insmod "$module"
@@ -78,7 +86,7 @@ interactive() {
 		$bb stty rows "$pvirq_rows" cols "$pvirq_cols"
 	fi
 	unset pvirq_rows pvirq_cols
-	export PS1='\w \$ '
+	export PS1='\w \$ ' ENV=/pvirq/shrc
 	# /dev/console can't be a controlling terminal; cttyhack finds and opens the tty behind it.
 	$bb setsid $bb cttyhack $sh
 }

@@ -32,6 +32,9 @@ _NODES: Final = (
 # Links to busybox that are in the archive: what "#!" lines name, and what init itself may need. The others
 # are made at boot (init.sh says when, and what either costs).
 _LINKS: Final = ("ash", "awk", "busybox", "env", "sed", "sh")
+# What the kernel runs when the toolstack asks for it (orderly_poweroff, orderly_reboot), and a user types: there is no
+# init system to tell.
+_ENDS: Final = ("halt", "poweroff", "reboot")
 # What a busybox says of itself if its shell runs applets without looking for a file
 # (CONFIG_FEATURE_SH_STANDALONE).
 _STANDALONE: Final = b"configured to run built-in utilities"
@@ -68,6 +71,9 @@ def default_initrd(
     for applet in _LINKS:
         if f"bin/{applet}" not in archive:
             archive.symlink(f"bin/{applet}", "/pvirq/busybox")
+    for applet in _ENDS:
+        if f"bin/{applet}" not in archive:
+            archive.file(f"bin/{applet}", _end_script(applet), 0o755)
     archive.file("pvirq/links", b"interactive\n" if _STANDALONE in image else b"always\n")
     for name, text in (("passwd", b"root:x:0:0:root:/root:/bin/sh\n"), ("group", b"root:x:0:\n")):
         if f"etc/{name}" not in archive:
@@ -97,6 +103,10 @@ def _init_script() -> bytes:
     return resources.files("pvirq.toolstack").joinpath("init.sh").read_bytes()
 
 
+def _end_script(applet: str) -> bytes:
+    return f"#!/pvirq/busybox sh\nexec /pvirq/busybox {applet} -f\n".encode()
+
+
 def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str, bytes]]) -> None:
     for directory in ("dev", "proc", "sys", "pvirq"):
         archive.directory(directory)
@@ -106,6 +116,8 @@ def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str,
     archive.file("pvirq/init", _init_script(), 0o755)
     archive.file("pvirq/busybox", busybox, 0o755)
     archive.file("pvirq/fstab", _FSTAB)
+    archive.file("pvirq/poweroff", _end_script("poweroff"), 0o755)
+    archive.file("pvirq/shrc", "".join(f"alias {end}='/pvirq/busybox {end} -f'\n" for end in _ENDS).encode())
     paths = []
     for name, content in modules:
         paths.append(f"/pvirq/{name}.ko")
