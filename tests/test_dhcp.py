@@ -68,7 +68,9 @@ def test_leases_until_none_are_left() -> None:
 
 
 def test_what_an_answer_says() -> None:
-    net = Net("10.1.2.3/16", router=IPv4Address("10.1.0.254"), domain="example", lease_s=600)
+    net = Net(
+        "10.1.2.3/16", router=IPv4Address("10.1.0.254"), dns=IPv4Address("10.1.2.3"), domain="example", lease_s=600
+    )
     offer = net.say(1, DISCOVER)
     assert offer is not None
     assert offer.options == {

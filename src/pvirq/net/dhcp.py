@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Final
 
+from pvirq.drivers.skb import ETH_P_IP, UDP
+from pvirq.net.packets import BROADCAST, IP_BROADCAST, ethernet, ipv4, udp
 from pvirq.xen.timer import NS_PER_S
 
 SERVER_PORT, CLIENT_PORT = 67, 68
@@ -134,10 +136,10 @@ class Lease:
 
 
 class DhcpServer:
-    """Leases the addresses of `interface`'s subnet, which is itself gateway (or `router`), DNS server and DHCP server.
+    """Leases the addresses of `interface`'s subnet, itself at that address.
 
     A client keeps its address while it renews it, and gets it again later if nobody else needed it. Of a large subnet
-    the first MAX_LEASES addresses are leased, however many clients there seem to be; one that finds none gets no answer.
+    the first MAX_LEASES addresses are leased; a client for which none is left gets no answer.
     """
 
     def __init__(
@@ -146,12 +148,14 @@ class DhcpServer:
         now: Callable[[], int],
         *,
         router: IPv4Address | None = None,
+        dns: IPv4Address | None = None,
         domain: str = "",
         lease_s: int = LEASE_S,
     ) -> None:
-        """`now` is the time in ns; `lease_s` the length of a lease in seconds."""
+        """`now` is the time in ns, `lease_s` the length of a lease in seconds; clients are told the rest."""
         self.interface = interface
-        self.router = router or interface.ip
+        self.router = router
+        self.dns = dns
         self.domain = domain
         self.lease_s = lease_s
         self._now = now
@@ -177,6 +181,22 @@ class DhcpServer:
         """What the client calls itself that has an address; "" where nobody is known."""
         lease = self._by_address.get(address)
         return lease.host_name if lease is not None and lease.bound and lease.until > self._now() else ""
+
+    def respond(self, data: bytes, mac: bytes) -> bytes | None:
+        """The frame that answers a datagram to the server's port, from Ethernet address `mac`; None: nothing does."""
+        message = parse(data)
+        reply = self.answer(message) if message is not None else None
+        if message is None or reply is None:
+            return None
+        # To where the client is; one that has no address yet hears what comes to its Ethernet address (RFC 2131 4.1).
+        if message.ciaddr != NO_ADDRESS and reply.kind != NAK:
+            to_mac, to = message.mac, message.ciaddr
+        elif reply.broadcast:
+            to_mac, to = BROADCAST, IP_BROADCAST
+        else:
+            to_mac, to = message.mac, reply.yiaddr
+        ip = self.interface.ip.packed
+        return ethernet(to_mac, mac, ETH_P_IP, ipv4(ip, to, UDP, udp(ip, SERVER_PORT, to, CLIENT_PORT, reply.pack())))
 
     def answer(self, message: Message) -> Message | None:
         """What the server says to a message; None: nothing."""
@@ -246,10 +266,10 @@ class DhcpServer:
                 options[option] = struct.pack(">I", seconds)
         if kind == ACK:
             reply.ciaddr = message.ciaddr
-        options |= {
-            SUBNET_MASK: network.netmask.packed, ROUTER: self.router.packed, DNS_SERVER: ip,
-            BROADCAST_ADDRESS: network.broadcast_address.packed,
-        }  # fmt: skip
+        options |= {SUBNET_MASK: network.netmask.packed, BROADCAST_ADDRESS: network.broadcast_address.packed}
+        for code, server in ((ROUTER, self.router), (DNS_SERVER, self.dns)):
+            if server is not None:
+                options[code] = server.packed
         if self.domain:
             options[DOMAIN_NAME] = self.domain.encode()
         return reply
@@ -278,7 +298,7 @@ class DhcpServer:
         return lease
 
     def _is_free(self, address: IPv4Address) -> bool:
-        if int(address) not in self._pool or address in (self.interface.ip, self.router):
+        if int(address) not in self._pool or address in (self.interface.ip, self.router, self.dns):
             return False
         if self._declined.get(address, 0) > self._now():
             return False

@@ -85,8 +85,8 @@ class Station(Interface):
         self._timer: Timer | None = None
         self.dhcp: DhcpServer | None = None
         if dhcp_server:
-            router = None if gateway is None else IPv4Address(gateway)
-            self.dhcp = DhcpServer(self.interface, clock.now, router=router, domain=domain)
+            router = self.address if gateway is None else IPv4Address(gateway)
+            self.dhcp = DhcpServer(self.interface, clock.now, router=router, dns=self.address, domain=domain)
         self._domain = domain.lower()
 
     @property
@@ -205,7 +205,9 @@ class Station(Interface):
             source, to = IPv4Address(packet.source), IPv4Address(packet.target)
             reply = self._udp[port](Datagram(source, source_port, to, port, data, packet.frame[6:12]))
         elif port == dhcp.SERVER_PORT and self.dhcp is not None:
-            self._dhcp_input(data)
+            response = self.dhcp.respond(data, self.mac)
+            if response is not None:
+                self._send(response)
         elif port == dns.PORT:
             reply = dns.answer(data, self.lookup, self.reverse)
         elif packet.target == self._ip:
@@ -215,23 +217,6 @@ class Station(Interface):
             self._answer(packet, ICMP, message)
         if reply is not None and len(reply) <= packets.MAX_UDP:
             self._answer(packet, UDP, packets.udp(self._ip, port, packet.source, source_port, reply))
-
-    def _dhcp_input(self, data: bytes) -> None:
-        message = dhcp.parse(data)
-        if message is None or self.dhcp is None:
-            return
-        reply = self.dhcp.answer(message)
-        if reply is None:
-            return
-        # To where the client is; one that has no address yet hears what comes to its Ethernet address (RFC 2131 4.1).
-        if message.ciaddr != dhcp.NO_ADDRESS and reply.kind != dhcp.NAK:
-            to, mac = message.ciaddr, message.mac
-        elif reply.broadcast:
-            to, mac = IP_BROADCAST, BROADCAST
-        else:
-            to, mac = reply.yiaddr, message.mac
-        segment = packets.udp(self._ip, dhcp.SERVER_PORT, to, dhcp.CLIENT_PORT, reply.pack())
-        self._send(packets.ethernet(mac, self.mac, ETH_P_IP, packets.ipv4(self._ip, to, UDP, segment)))
 
     # -- out -----------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ _NODES: Final = (
 # Links to busybox that are in the archive: what "#!" lines name, and what init itself may need. The others
 # are made at boot (init.sh says when, and what either costs).
 _LINKS: Final = ("ash", "awk", "busybox", "env", "sed", "sh")
+# Where builds of busybox look for the script of udhcpc (CONFIG_UDHCPC_DEFAULT_SCRIPT): Debian's, others.
+_UDHCPC: Final = ("etc/udhcpc", "usr/share/udhcpc")
 # What a busybox says of itself if its shell runs applets without looking for a file
 # (CONFIG_FEATURE_SH_STANDALONE).
 _STANDALONE: Final = b"configured to run built-in utilities"
@@ -65,6 +67,10 @@ def default_initrd(
     ):
         if link not in archive:
             archive.symlink(link, target)
+    archive.file("pvirq/udhcpc", _resource("udhcpc.sh"), 0o755)
+    for directory in _UDHCPC:
+        if f"{directory}/default.script" not in archive:
+            archive.symlink(f"{directory}/default.script", "/pvirq/udhcpc")
     for applet in _LINKS:
         if f"bin/{applet}" not in archive:
             archive.symlink(f"bin/{applet}", "/pvirq/busybox")
@@ -93,8 +99,8 @@ def with_overlay(initrd: bytes, busybox: Path, modules: Sequence[tuple[str, byte
 
 
 @cache
-def _init_script() -> bytes:
-    return resources.files("pvirq.toolstack").joinpath("init.sh").read_bytes()
+def _resource(name: str) -> bytes:
+    return resources.files("pvirq.toolstack").joinpath(name).read_bytes()
 
 
 def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str, bytes]]) -> None:
@@ -103,7 +109,7 @@ def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str,
     for path, major, minor, mode in _NODES:
         if path not in archive:
             archive.device(path, "c", major, minor, mode)
-    archive.file("pvirq/init", _init_script(), 0o755)
+    archive.file("pvirq/init", _resource("init.sh"), 0o755)
     archive.file("pvirq/busybox", busybox, 0o755)
     archive.file("pvirq/fstab", _FSTAB)
     paths = []
