@@ -9,10 +9,10 @@ with pvirq.Host() as host:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, cast
@@ -20,6 +20,7 @@ from typing import BinaryIO, Final, cast
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
 from pvirq.drivers.blockstore import BlockStore
+from pvirq.drivers.bridge import Bridge, Interface
 from pvirq.engine import DEFAULT_ENGINE, EngineError
 from pvirq.guest import Guest, HostStuck
 from pvirq.hardware import platform
@@ -30,6 +31,10 @@ from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.modelled import ModelledGuest
+from pvirq.net.nat import Nat
+from pvirq.net.outside import Outside
+from pvirq.net.station import Station
+from pvirq.net.tap import Tap
 from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
@@ -55,8 +60,10 @@ class Host:
 
     `idle`, where set, is called instead of jumping over time in which every vCPU sleeps: with the ns until the
     next timer (None: no timer), it returns how many ns to let pass. An interactive console waits there for its
-    user, in real time. `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least
-    while a guest works; what it raises ends `run`.
+    user, in real time. `outside` has what lives in real time anyway, such as a tap device: while one of them is
+    awaited, the host waits for it in truth; an `idle` of one's own then has `outside.filenos` to look at as well.
+    `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least while a guest works;
+    what it raises ends `run`.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class Host:
         self.modelled: list[ModelledGuest] = []
         self.idle: Callable[[int | None], int] | None = None
         self.on_turn: Callable[[], None] | None = None
+        self.outside = Outside()
         self._machines: dict[int, PvGuest] = {}  # of real guests
         self._kernels: dict[int, Kernel[Personality]] = {}  # of modelled domains
         self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
@@ -301,6 +309,69 @@ class Host:
         self.backends.manager.attach_nic(domid, Nic(devid, mac, config.bridge, config.mtu))
         return DeviceRef(domid, "vif", devid)
 
+    # -- the ends of the network that are no domains -------------------------------------------------------------------
+
+    def add_bridge(self, name: str = "xenbr0") -> Bridge:
+        """Make a bridge in domain 0 (brctl addbr). XenError(EEXIST)."""
+        return self.backends.network.add_bridge(name)
+
+    def station(
+        self, address: str = "10.0.0.1/24", *, bridge: str = "xenbr0", name: str = "", mac: str = "",
+        dhcp: bool = True, gateway: str | None = None, names: Mapping[str, str] | None = None, domain: str = "",
+    ) -> Station:  # fmt: skip
+        """Put a station on a bridge, which is made if it isn't there; its options are `Station`'s.
+
+        ValueError, XenError(EEXIST) for a `name` that another interface has.
+        """
+        station = Station(
+            name or self._interface_name("station"), self.clock, address,
+            mac=mac, dhcp_server=dhcp, gateway=gateway, names=names, domain=domain,
+        )  # fmt: skip
+        self._put_on(bridge, station)
+        return station
+
+    def nat(
+        self, address: str = "10.0.2.2/24", *, bridge: str = "xenbr0", name: str = "", dhcp: bool = True,
+        services: Collection[int] | None = None, outbound: bool = False,
+    ) -> Nat:  # fmt: skip
+        """Put a gateway to the real loopback on a bridge, which is made if it isn't there; its options are `Nat`'s.
+
+        One bridge needs but one DHCP server. OutsideError without libslirp, ValueError, XenError(EEXIST).
+        """
+        name = name or self._interface_name("nat")
+        nat = Nat(
+            name, self.backends.network, self.clock.now, address,
+            dhcp_server=dhcp, services=services, outbound=outbound,
+        )  # fmt: skip
+        self._put_on(bridge, nat)
+        self.outside.add(nat)
+        return nat
+
+    def tap(self, name: str = "", *, bridge: str = "xenbr0") -> Tap:
+        """Put a tap device of the real machine on a bridge, which is made if it isn't there.
+
+        "" lets the kernel choose a name. OutsideError where it isn't permitted, ValueError, XenError(EEXIST).
+        """
+        tap = Tap(name, self.backends.network)
+        self._put_on(bridge, tap)
+        self.outside.add(tap)
+        return tap
+
+    def _interface_name(self, kind: str) -> str:
+        interfaces = self.backends.network.interfaces
+        return next(name for i in range(len(interfaces) + 1) if (name := f"{kind}{i}") not in interfaces)
+
+    def _put_on(self, bridge: str, interface: Interface) -> None:
+        network = self.backends.network
+        if bridge not in network.bridges:
+            network.add_bridge(bridge)
+        try:
+            network.add(interface, bridge)
+        except XenError:
+            if isinstance(interface, Nat | Tap):
+                interface.close()
+            raise
+
     def pause(self, guest: Guest | ModelledGuest) -> None:
         """Let a guest's vCPUs run no more until `unpause` (xl pause). Its events and timers go on."""
         guest.domain.paused = True
@@ -421,6 +492,8 @@ class Host:
                 clock.fire_due()
                 if self.on_turn is not None:
                     self.on_turn()
+                if self.outside:
+                    self.outside.poll()
                 if until():
                     return True
                 if limit is not None and clock.now() >= limit:
@@ -478,19 +551,25 @@ class Host:
             self._running = self._running_vcpu = None
 
     def _pass_time(self) -> None:
-        """Every vCPU sleeps: on to the next timer."""
+        """Every vCPU sleeps: on to the next timer, or in real time until somebody outside has something for us."""
         clock = self.clock
         deadline = clock.next_deadline()
-        if self.idle is not None:
+        wait = self.idle
+        if self.outside and self.outside.awaited:
+            wait = partial(self._wait_with, wait) if wait is not None else self.outside.wait
+        if wait is not None:
             now = clock.now()
             clock.stop()
-            passed = self.idle(None if deadline is None else max(deadline - now, 0))
+            passed = wait(None if deadline is None else max(deadline - now, 0))
             clock.start()
             clock.jump_to(now + passed)
         elif deadline is None:
             raise HostStuck("every vCPU waits for an event, and no timer is set")
         else:
             clock.jump_to(deadline)
+
+    def _wait_with(self, idle: Callable[[int | None], int], ns: int | None) -> int:
+        return idle(self.outside.limit(ns))
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -518,6 +597,7 @@ class Host:
         """Free all guests and the host's memory; idempotent."""
         if not self._closed:
             self._closed = True
+            self.outside.close()
             for guest in list(self.guests):
                 self.destroy(guest)
             if "backends" in self.__dict__:

@@ -216,7 +216,7 @@ class Session:
 
     def _shell(self, guest: Guest, interrupts: Interrupts) -> int:
         fd = sys.stdin.fileno()
-        keys = ConsoleInput(fd, interrupts, guest.console.send)
+        keys = ConsoleInput(fd, interrupts, guest.console.send, guest.host.outside.filenos)
 
         def on_turn() -> None:
             interrupts.check()
@@ -237,7 +237,7 @@ class Session:
         def idle(ns: int | None) -> int:
             if ns is None:
                 raise HostStuck("the guest sleeps for ever: it waits for an event, and no timer is set")
-            passed = interrupts.wait(ns)
+            passed = interrupts.wait(ns, *guest.host.outside.filenos())
             interrupts.check()
             return passed
 

@@ -135,8 +135,16 @@ class ConsoleInput:
     sleeps: the first may have gone to a command instead of the shell. From then on time jumps.
     """
 
-    def __init__(self, fd: int, interrupts: Interrupts, send: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        interrupts: Interrupts,
+        send: Callable[[bytes], None],
+        outside: Callable[[], list[int]] = list,
+    ) -> None:
+        """`outside` has the descriptors that the guest may wait for besides (`pvirq.net.outside`)."""
         self._fd = fd
+        self._outside = outside
         self._terminal = os.isatty(fd)
         self._interrupts = interrupts
         self._send = send
@@ -172,10 +180,12 @@ class ConsoleInput:
     def wait(self, ns: int | None) -> int:
         """Sleep until the guest's next timer or input; returns the ns that passed."""
         if not self._ended:
-            passed = self._interrupts.wait(ns, self._fd)
+            passed = self._interrupts.wait(ns, self._fd, *self._outside())
             self._next_look = 0
             return passed
         ns = END_AGAIN_NS if ns is None else min(ns, END_AGAIN_NS)
+        if (outside := self._outside()) and (passed := self._interrupts.wait(ns, *outside)) < ns:
+            return passed
         self._slept += ns
         if self._slept >= END_AGAIN_NS:
             self._slept = 0

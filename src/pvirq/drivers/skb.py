@@ -20,6 +20,7 @@ ETH_P_IPV6: Final = 0x86DD
 TCP, UDP = 6, 17
 CHECKSUM_AT: Final = {TCP: 16, UDP: 6}  # where in its header
 IPV6_HEADER: Final = 40
+MIN_GSO_SIZE: Final = 48  # TCP_MIN_SND_MSS: nobody cuts a frame smaller
 
 
 @dataclass(slots=True)
@@ -70,17 +71,36 @@ def flow_hash(data: bytes) -> int:
     return zlib.crc32(data[ETH_HLEN + 8 : ETH_HLEN + 40] if data[12:14] == b"\x86\xdd" else data[26:34] + ports)
 
 
+def complete(skb: Skb) -> bytes:
+    """The frame in one piece with its checksum, for who takes large TCP segments as they are (skb_checksum_help)."""
+    found = transport(skb.data) if skb.csum_blank or skb.gso_size else None
+    if found is None:
+        return skb.data
+    protocol, at = found
+    where = at + CHECKSUM_AT.get(protocol, 0)
+    if protocol not in CHECKSUM_AT or where + 2 > len(skb.data):
+        return skb.data
+    frame = bytearray(skb.data)
+    _fill_in(frame, at, where, protocol)
+    return bytes(frame)
+
+
 def finish(skb: Skb) -> list[bytes]:
-    """The frames that go over a wire: cut and with their checksums (skb_checksum_help, tcp_gso_segment)."""
+    """The frames that go over a wire: cut and with their checksums (skb_checksum_help, tcp_gso_segment).
+
+    No frame comes of one that asks for smaller segments than TCP has.
+    """
+    if not (skb.csum_blank or skb.gso_size):
+        return [skb.data]
     found = transport(skb.data)
-    if found is None or not (skb.csum_blank or skb.gso_size):
+    if found is None:
         return [skb.data]
     protocol, at = found
     where = at + CHECKSUM_AT.get(protocol, 0)
     if protocol not in CHECKSUM_AT or where + 2 > len(skb.data):
         return [skb.data]
     if skb.gso_size and protocol == TCP and skb.gso_type in (XEN_NETIF_GSO_TYPE_TCPV4, XEN_NETIF_GSO_TYPE_TCPV6):
-        return _cut(skb, at)
+        return _cut(skb, at) if skb.gso_size >= MIN_GSO_SIZE else []
     frame = bytearray(skb.data)
     _fill_in(frame, at, where, protocol)
     return [bytes(frame)]

@@ -25,7 +25,7 @@ class ShutdownRequest:
     """One request in ~/control/shutdown. The guest acknowledges by emptying the node, and then does it."""
 
     def __init__(self, store: Client, domid: int, name: str, how: str, *, unasked: bool = False) -> None:
-        """Write it (libxl__domain_pvcontrol); `unasked`: whatever the guest has said, for Linux says it only as it boots.
+        """Write it (libxl__domain_pvcontrol); `unasked`: whatever the guest has said (Linux does so as it boots).
 
         ValueError for a request that there is none of; ControlError where the guest's kernel hasn't said that it can do
         that, as one without the driver, or before it has come so far.

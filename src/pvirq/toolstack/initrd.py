@@ -35,6 +35,8 @@ _LINKS: Final = ("ash", "awk", "busybox", "env", "sed", "sh")
 # What the kernel runs when the toolstack asks for it (orderly_poweroff, orderly_reboot), and a user types: there is no
 # init system to tell.
 _ENDS: Final = ("halt", "poweroff", "reboot")
+# Where builds of busybox look for the script of udhcpc (CONFIG_UDHCPC_DEFAULT_SCRIPT): Debian's, others.
+_UDHCPC: Final = ("etc/udhcpc", "usr/share/udhcpc")
 # What a busybox says of itself if its shell runs applets without looking for a file
 # (CONFIG_FEATURE_SH_STANDALONE).
 _STANDALONE: Final = b"configured to run built-in utilities"
@@ -68,6 +70,10 @@ def default_initrd(
     ):
         if link not in archive:
             archive.symlink(link, target)
+    archive.file("pvirq/udhcpc", _resource("udhcpc.sh"), 0o755)
+    for directory in _UDHCPC:
+        if f"{directory}/default.script" not in archive:
+            archive.symlink(f"{directory}/default.script", "/pvirq/udhcpc")
     for applet in _LINKS:
         if f"bin/{applet}" not in archive:
             archive.symlink(f"bin/{applet}", "/pvirq/busybox")
@@ -99,8 +105,8 @@ def with_overlay(initrd: bytes, busybox: Path, modules: Sequence[tuple[str, byte
 
 
 @cache
-def _init_script() -> bytes:
-    return resources.files("pvirq.toolstack").joinpath("init.sh").read_bytes()
+def _resource(name: str) -> bytes:
+    return resources.files("pvirq.toolstack").joinpath(name).read_bytes()
 
 
 def _end_script(applet: str) -> bytes:
@@ -113,7 +119,7 @@ def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str,
     for path, major, minor, mode in _NODES:
         if path not in archive:
             archive.device(path, "c", major, minor, mode)
-    archive.file("pvirq/init", _init_script(), 0o755)
+    archive.file("pvirq/init", _resource("init.sh"), 0o755)
     archive.file("pvirq/busybox", busybox, 0o755)
     archive.file("pvirq/fstab", _FSTAB)
     archive.file("pvirq/poweroff", _end_script("poweroff"), 0o755)
