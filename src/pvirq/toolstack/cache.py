@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-KINDS: Final = ("kernels", "busybox", "unpacked")
+KINDS: Final = ("kernels", "busybox", "unpacked", "dom0")
 _OTHER: Final = ("apt",)
 
 
