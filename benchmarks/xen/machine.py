@@ -138,6 +138,12 @@ class RealHost:
             raise RealXenError(f"{command!r} failed in domain 0 ({status}): {printed[-2000:]}")
         return printed
 
+    def debug_key(self, key: str) -> str:
+        """What xl debug-keys makes Xen print, by xl dmesg."""
+        # Xen's lines also come over the serial line, which must be quiet meanwhile, and are dropped there (`run`).
+        self.run(f"xl dmesg -c > /dev/null; xl debug-keys {key}; sleep 1")
+        return self.run("xl dmesg | sed 's/^/:/'").replace("\n:", "\n").removeprefix(":")
+
     def _send(self, text: str) -> None:
         assert self._qemu
         assert self._qemu.stdin
@@ -196,6 +202,15 @@ class RealHost:
         """What a shell command prints in a guest, once its agent takes commands. RealXenError as for `run`."""
         quoted = command.replace("'", "'\\''")
         return self.run(f"/lab/guest {name} '{quoted}'", timeout, check)
+
+    def poweroff(self, name: str = "u", timeout: float = 60) -> None:
+        """Let a guest's agent power it off, and wait until xl has destroyed it and its devices."""
+        self.run(
+            f"id=$(xl domid {name}); echo poweroff > $(xenstore-read /local/domain/$id/console/tty)\n"
+            f"while xl domid {name} > /dev/null 2>&1 || xenstore-exists /libxl/$id; do sleep 0.2; done\n"
+            f"rm -f /run/ready-{name}",
+            timeout,
+        )
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
