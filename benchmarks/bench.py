@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import evtchn, model
+from benchmarks import devices, evtchn, model
 from pvirq import Guest, Host
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
@@ -83,6 +83,16 @@ TARGETS = {
     "model.events_100x4.2.6.18.per_s": Target("/s", 0, least=200_000),
     "model.events_100x4.suse.per_s": Target("/s", 0, least=200_000),
     "model.events_100x4.pvops.per_s": Target("/s", 0, least=200_000),
+    # Real guests with a disk and a network interface (benchmarks/devices.py); beside real Xen: benchmarks/xen/run.py.
+    "devices.boot_userspace.s": Target("s", 2),
+    "devices.boot_usable.s": Target("s", 2),
+    "devices.boot_with_host.s": Target("s", 2),
+    "devices.event_round_trip.us": Target("us", 0),
+    "devices.read_4k.per_s": Target("/s", 0),
+    "devices.read_1m.mb_per_s": Target("MB/s", 1),
+    "devices.ping_guest.us": Target("us", 0),
+    "devices.ping_dom0.us": Target("us", 0),
+    "devices.tcp_guest.mb_per_s": Target("MB/s", 2),
 }
 
 
@@ -198,6 +208,9 @@ def collect(runs: int, wanted: set[str]) -> dict[str, list[float]]:
         repeat(min(runs, 3), evtchn.run, found)
     if any(name.startswith("model.") for name in wanted):
         repeat(min(runs, 3), model.run_apart, found)
+    if any(name.startswith("devices.") for name in wanted) and shutil.which("gcc"):
+        for name, values in devices.run(min(runs, 3)).items():
+            found.setdefault(name, []).extend(values)
     with tempfile.TemporaryDirectory() as scratch:
         files: dict[str, bytes] = {}
         if shutil.which("gcc"):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-KINDS: Final = ("kernels", "busybox", "packages", "unpacked")
+KINDS: Final = ("kernels", "busybox", "packages", "dom0", "unpacked")
 _OTHER: Final = ("apt",)
 
 
