@@ -52,6 +52,7 @@ def guest(host: Host, evbench: EvtchnUser, kernel_cloud: KernelChoice, busybox: 
     drivers = modules.read_modules(kernel_cloud.modules_dir, FRONTENDS)
     files: dict[str, bytes | Path] = {f"/drivers/{i}-{name}.ko": text for i, (name, text) in enumerate(drivers)}
     evbench.bind_unbound(1)
+    host.add_bridge("xenbr0")
     host.backends.devices.add("/dev/loop0", MemoryStore(DISK_SECTORS))
     guest = host.boot(
         kernel_cloud.path, initrd=default_initrd(busybox, files), append="console=hvc0 pvirq=agent", vcpus=2,

@@ -9,10 +9,10 @@ with pvirq.Host() as host:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, cast
@@ -29,16 +29,16 @@ from pvirq.linux import personalities
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
-from pvirq.linux.personality import Personality, StartInfo
+from pvirq.linux.personality import StartInfo
 from pvirq.modelled import ModelledGuest
 from pvirq.net.nat import Nat
-from pvirq.net.outside import Outside
 from pvirq.net.station import Station
 from pvirq.net.tap import Tap
 from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
+from pvirq.runloop import RunLoop
 from pvirq.toolstack import control, savefile
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.backends import Backends
@@ -46,24 +46,17 @@ from pvirq.toolstack.config import DEFAULT_MEMORY, DiskConfig, DomainConfig, Vif
 from pvirq.toolstack.daemons import Daemons
 from pvirq.toolstack.devices import DeviceRef, Nic
 from pvirq.xen import evtchn, evtchn_views, irq_views
-from pvirq.xen.domain import Domain, Hypervisor, Vcpu
+from pvirq.xen.domain import Hypervisor
 from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
 
 MIB: Final = 1 << 20
-# How long a vCPU runs while another of the host could.
-SLICE_NS: Final = 5_000_000
 
 
-class Host:
+class Host(RunLoop):
     """One host in this process; several may exist side by side, each used from one thread at a time.
 
-    `idle`, where set, is called instead of jumping over time in which every vCPU sleeps: with the ns until the
-    next timer (None: no timer), it returns how many ns to let pass. An interactive console waits there for its
-    user, in real time. `outside` has what lives in real time anyway, such as a tap device: while one of them is
-    awaited, the host waits for it in truth; an `idle` of one's own then has `outside.filenos` to look at as well.
-    `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least while a guest works;
-    what it raises ends `run`.
+    How its domains run, and what may be set for that (`idle`, `on_turn`, `outside`), is `RunLoop`'s.
     """
 
     def __init__(
@@ -77,26 +70,12 @@ class Host:
         `hardware` what it has for devices: a machine of `pvirq.hardware.platform`, or a table of devices
         (HardwareError). With `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
         """
+        super().__init__(Hypervisor(Machine(machine_memory), Clock()))
         self.engine_name = engine
-        self.hypervisor = Hypervisor(Machine(machine_memory), Clock())
-        self.clock = self.hypervisor.clock
         self.wallclock_ns = int(wallclock * NS_PER_S)
         self.guests: list[Guest] = []
         self.modelled: list[ModelledGuest] = []
-        self.idle: Callable[[int | None], int] | None = None
-        self.on_turn: Callable[[], None] | None = None
-        self.outside = Outside()
-        self._machines: dict[int, PvGuest] = {}  # of real guests
-        self._kernels: dict[int, Kernel[Personality]] = {}  # of modelled domains
-        self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
-        self._running: PvGuest | None = None
-        self._running_vcpu: Vcpu | None = None
-        self._turn = 0
         self._closed = False
-        self._clocked = False
-        self.hypervisor.on_wake = self._wake
-        self.hypervisor.on_shutdown = self._shut_down
-        self.clock.on_earlier = self._earlier_deadline
         self.has_dom0 = dom0
         if dom0:
             self._start_dom0(dom0_vcpus, _factory(dom0_kernel), hardware)
@@ -104,7 +83,7 @@ class Host:
     def _start_dom0(self, vcpus: int, factory: KernelFactory, hardware: str | DeviceTable) -> None:
         domain = self.hypervisor.create_domain(0, privileged=True, vcpus=vcpus)
         self.dom0 = Kernel(domain, lambda kernel: factory(kernel, start_info=StartInfo(initial=True)))
-        self._kernels[0] = self.dom0
+        self.add_kernel(self.dom0)
         self.platform = platform.build(hardware, self.dom0)
         self.dom0.boot()
         self.daemons = Daemons(self.hypervisor, self.dom0)
@@ -183,11 +162,7 @@ class Host:
         except XenError as error:
             self.hypervisor.destroy_domain(domain)
             raise BuildError(f"{memory // MIB} MiB of guest memory are more than this host has left") from error
-        self._machines[domain.domid] = machine
-        if not self._clocked:
-            self._clocked = True
-            self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
-        self.clock.on_offset(machine.engine.set_tsc_offset)
+        self.add_machine(machine)
         guest = Guest(self, domain, machine, config)
         self.guests.append(guest)
         return guest
@@ -241,7 +216,7 @@ class Host:
         factory = _factory(kernel)
         domain = self.hypervisor.create_domain(vcpus=vcpus, max_evtchns=toolstack.MAX_EVENT_CHANNELS)
         guest = ModelledGuest(self, domain, factory, name or f"guest{domain.domid}")
-        self._kernels[domain.domid] = guest.kernel
+        self.add_kernel(guest.kernel)
         self.modelled.append(guest)
         guest.boot()
         return guest
@@ -297,7 +272,7 @@ class Host:
     def attach_nic(
         self, guest: Guest | ModelledGuest, *, devid: int = 0, mac: str = "", bridge: str = "xenbr0"
     ) -> DeviceRef:
-        """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST)."""
+        """Give a guest a network interface (xl network-attach) on a bridge of domain 0. XenError(EEXIST, ENODEV)."""
         vif = VifConfig(mac, bridge, devid)
         ref = self._attach_nic(guest, vif, devid)
         guest.config.vifs.append(vif)
@@ -305,6 +280,8 @@ class Host:
 
     def _attach_nic(self, guest: Guest | ModelledGuest, config: VifConfig, devid: int) -> DeviceRef:
         domid = guest.domain.domid
+        if config.bridge not in self.backends.network.bridges:  # what the hotplug script would find, too late to say so
+            raise XenError(Errno.ENODEV, f"Could not find bridge device {config.bridge}: Host.add_bridge makes it")
         mac = config.mac or f"00:16:3e:{domid >> 8 & 0xFF:02x}:{domid & 0xFF:02x}:{devid & 0xFF:02x}"
         self.backends.manager.attach_nic(domid, Nic(devid, mac, config.bridge, config.mtu))
         return DeviceRef(domid, "vif", devid)
@@ -432,15 +409,8 @@ class Host:
             return
         self.guests.remove(guest)
         guest.release()
-        machine = self._machines.pop(guest.domain.domid)
-        self.clock.remove_offset(machine.engine.set_tsc_offset)
+        machine = self.remove_machine(guest.domain.domid)
         self.hypervisor.destroy_domain(guest.domain)
-        if not self._machines:
-            self.clock.stop()
-            self.clock.detach_counter()
-            self._clocked = False
-        elif self.clock.is_counter(machine.engine.counter):
-            self.clock.replace_counter(next(iter(self._machines.values())).engine.counter)
         machine.close()
         if self.has_dom0:
             evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
@@ -448,128 +418,9 @@ class Host:
     def _destroy_modelled(self, guest: ModelledGuest) -> None:
         self.modelled.remove(guest)
         guest.release()
-        del self._kernels[guest.domain.domid]
-        self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not guest.domain}
+        self.remove_kernel(guest.domain)
         self.hypervisor.destroy_domain(guest.domain)
         evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
-
-    def _wake(self, vcpu: Vcpu) -> None:
-        domid = vcpu.domain.domid
-        if domid in self._kernels:
-            self._woken[vcpu] = None
-        elif (machine := self._machines.get(domid)) is not None:
-            machine.woken(vcpu)
-        # Someone else can run now: end the turn of the one that does.
-        if self._running is not None and vcpu is not self._running_vcpu:
-            self._running.engine.stop()
-
-    def _shut_down(self, domain: Domain) -> None:
-        if self._running is not None:
-            self._running.engine.stop()
-        if self.has_dom0:
-            evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
-
-    def _earlier_deadline(self, when: int) -> None:
-        if self._running is not None:
-            self._running.engine.stop_at = self.clock.counter_at(when)
-            if when <= self.clock.now():
-                # Due at once: it fires before another instruction of the guest's, as Xen's timer softirq does.
-                self._running.engine.stop()
-
-    def run(self, until: Callable[[], bool], timeout_ns: int | None = None) -> bool:
-        """Run all domains until `until()` holds: True; or until `timeout_ns` of virtual time have passed: False.
-
-        HostStuck where neither can come about any more.
-        """
-        clock = self.clock
-        limit = None if timeout_ns is None else clock.now() + timeout_ns
-        timer = None if limit is None else clock.at(limit, lambda: None)
-        clock.start()
-        try:
-            while True:
-                clock.fire_due()
-                if self.on_turn is not None:
-                    self.on_turn()
-                if self.outside:
-                    self.outside.poll()
-                if until():
-                    return True
-                if limit is not None and clock.now() >= limit:
-                    return False
-                if not self._step():
-                    self._pass_time()
-        finally:
-            clock.stop()
-            if timer is not None:
-                timer.cancel()
-
-    def settle(self, timeout_ns: int = NS_PER_S // 10) -> bool:
-        """Run until every domain is idle, so that what is looked at then is at rest. False: it took too long."""
-        return self.run(lambda: self.quiet, timeout_ns)
-
-    @property
-    def quiet(self) -> bool:
-        """No domain has anything to do before the next timer."""
-        return not self._woken and not any(
-            vcpu.runnable for machine in self._machines.values() for vcpu in machine.domain.vcpus
-        )
-
-    def _step(self) -> bool:
-        """Give the modelled vCPUs that were woken a turn, else the next runnable one of a real guest.
-
-        False where none is runnable.
-        """
-        if self._woken:
-            # Those that these wake in turn come next time: `until` and the clock are looked at in between.
-            woken, self._woken = self._woken, {}
-            kernels = self._kernels
-            for vcpu in woken:
-                domain = vcpu.domain
-                if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
-                    kernels[domain.domid].run(vcpu)
-            return True
-        ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
-        if not ready:
-            return False
-        self._turn += 1
-        vcpu = ready[self._turn % len(ready)]
-        self._run_vcpu(vcpu, alone=len(ready) == 1)
-        return True
-
-    def _run_vcpu(self, vcpu: Vcpu, alone: bool) -> None:
-        clock = self.clock
-        until = clock.next_deadline()
-        if not alone:
-            slice_end = clock.now() + SLICE_NS
-            until = slice_end if until is None else min(until, slice_end)
-        self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
-        try:
-            self._running.run(vcpu, None if until is None else clock.counter_at(until))
-        finally:
-            self._running = self._running_vcpu = None
-
-    def _pass_time(self) -> None:
-        """Every vCPU sleeps: on to the next timer, or in real time until somebody outside has something for us."""
-        clock = self.clock
-        deadline = clock.next_deadline()
-        wait = self.idle
-        if self.outside and self.outside.awaited:
-            wait = partial(self._wait_with, wait) if wait is not None else self.outside.wait
-        if wait is not None:
-            now = clock.now()
-            clock.stop()
-            passed = wait(None if deadline is None else max(deadline - now, 0))
-            clock.start()
-            clock.jump_to(now + passed)
-        elif deadline is None:
-            raise HostStuck("every vCPU waits for an event, and no timer is set")
-        else:
-            clock.jump_to(deadline)
-
-    def _wait_with(self, idle: Callable[[int | None], int], ns: int | None) -> int:
-        return idle(self.outside.limit(ns))
 
     # -- views ---------------------------------------------------------------------------------------------------------
 

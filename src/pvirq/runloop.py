@@ -1,0 +1,194 @@
+"""The one loop that runs all domains of a host: whose turn it is, until when, and how time passes while all sleep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from pvirq.abi.xen import VIRQ_DOM_EXC
+from pvirq.guest import HostStuck
+from pvirq.linux.kernel import Kernel
+from pvirq.net.outside import Outside
+from pvirq.pv.guest import PvGuest
+from pvirq.xen import evtchn
+from pvirq.xen.domain import Domain, Hypervisor, Vcpu
+from pvirq.xen.timer import NS_PER_S
+
+# How long a vCPU runs while another of the host could.
+SLICE_NS: Final = 5_000_000
+
+
+class RunLoop:
+    """Runs real guests' machines and modelled domains' kernels, on the hypervisor's clock.
+
+    `idle`, where set, is called instead of jumping over time in which every vCPU sleeps: with the ns until the
+    next timer (None: no timer), it returns how many ns to let pass. An interactive console waits there for its
+    user, in real time. `outside` has what lives in real time anyway, such as a tap device: while one of them is
+    awaited, the host waits for it in truth; an `idle` of one's own then has `outside.filenos` to look at as well.
+    `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least while a guest works;
+    what it raises ends `run`.
+    """
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self.hypervisor = hypervisor
+        self.clock = hypervisor.clock
+        self.idle: Callable[[int | None], int] | None = None
+        self.on_turn: Callable[[], None] | None = None
+        self.outside = Outside()
+        self._machines: dict[int, PvGuest] = {}  # of real guests
+        self._kernels: dict[int, Kernel[Any]] = {}  # of modelled domains
+        self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
+        self._running: PvGuest | None = None
+        self._running_vcpu: Vcpu | None = None
+        self._turn = 0
+        hypervisor.on_wake = self._wake
+        hypervisor.on_shutdown = self._shut_down
+        self.clock.on_earlier = self._earlier_deadline
+
+    # -- what runs -----------------------------------------------------------------------------------------------------
+
+    def add_machine(self, machine: PvGuest) -> None:
+        """A real guest, the first of which brings the clock its counter."""
+        if not self._machines:
+            self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
+        self._machines[machine.domain.domid] = machine
+        self.clock.on_offset(machine.engine.set_tsc_offset)
+
+    def remove_machine(self, domid: int) -> PvGuest:
+        """A real guest runs no more; another one's counter goes on as the clock's. KeyError."""
+        machine = self._machines.pop(domid)
+        self.clock.remove_offset(machine.engine.set_tsc_offset)
+        if not self._machines:
+            self.clock.stop()
+            self.clock.detach_counter()
+        elif self.clock.is_counter(machine.engine.counter):
+            self.clock.replace_counter(next(iter(self._machines.values())).engine.counter)
+        return machine
+
+    def add_kernel(self, kernel: Kernel[Any]) -> None:
+        """A modelled domain's kernel."""
+        self._kernels[kernel.domain.domid] = kernel
+
+    def remove_kernel(self, domain: Domain) -> None:
+        """A modelled domain runs no more. KeyError."""
+        del self._kernels[domain.domid]
+        self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not domain}
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _wake(self, vcpu: Vcpu) -> None:
+        domid = vcpu.domain.domid
+        if domid in self._kernels:
+            self._woken[vcpu] = None
+        elif (machine := self._machines.get(domid)) is not None:
+            machine.woken(vcpu)
+        # Someone else can run now: end the turn of the one that does.
+        if self._running is not None and vcpu is not self._running_vcpu:
+            self._running.engine.stop()
+
+    def _shut_down(self, domain: Domain) -> None:
+        if self._running is not None:
+            self._running.engine.stop()
+        if 0 in self.hypervisor.domains and 0 in self._kernels:
+            evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
+    def _earlier_deadline(self, when: int) -> None:
+        if self._running is not None:
+            self._running.engine.stop_at = self.clock.counter_at(when)
+            if when <= self.clock.now():
+                # Due at once: it fires before another instruction of the guest's, as Xen's timer softirq does.
+                self._running.engine.stop()
+
+    def run(self, until: Callable[[], bool], timeout_ns: int | None = None) -> bool:
+        """Run all domains until `until()` holds: True; or until `timeout_ns` of virtual time have passed: False.
+
+        HostStuck where neither can come about any more.
+        """
+        clock = self.clock
+        limit = None if timeout_ns is None else clock.now() + timeout_ns
+        timer = None if limit is None else clock.at(limit, lambda: None)
+        clock.start()
+        try:
+            while True:
+                clock.fire_due()
+                if self.on_turn is not None:
+                    self.on_turn()
+                if self.outside:
+                    self.outside.poll()
+                if until():
+                    return True
+                if limit is not None and clock.now() >= limit:
+                    return False
+                if not self._step():
+                    self._pass_time()
+        finally:
+            clock.stop()
+            if timer is not None:
+                timer.cancel()
+
+    def settle(self, timeout_ns: int = NS_PER_S // 10) -> bool:
+        """Run until every domain is idle, so that what is looked at then is at rest. False: it took too long."""
+        return self.run(lambda: self.quiet, timeout_ns)
+
+    @property
+    def quiet(self) -> bool:
+        """No domain has anything to do before the next timer."""
+        return not self._woken and not any(
+            vcpu.runnable for machine in self._machines.values() for vcpu in machine.domain.vcpus
+        )
+
+    def _step(self) -> bool:
+        """Give the modelled vCPUs that were woken a turn, else the next runnable one of a real guest.
+
+        False where none is runnable.
+        """
+        if self._woken:
+            # Those that these wake in turn come next time: `until` and the clock are looked at in between.
+            woken, self._woken = self._woken, {}
+            kernels = self._kernels
+            for vcpu in woken:
+                domain = vcpu.domain
+                if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
+                    kernels[domain.domid].run(vcpu)
+            return True
+        ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
+        if not ready:
+            return False
+        self._turn += 1
+        vcpu = ready[self._turn % len(ready)]
+        self._run_vcpu(vcpu, alone=len(ready) == 1)
+        return True
+
+    def _run_vcpu(self, vcpu: Vcpu, alone: bool) -> None:
+        clock = self.clock
+        until = clock.next_deadline()
+        if not alone:
+            slice_end = clock.now() + SLICE_NS
+            until = slice_end if until is None else min(until, slice_end)
+        self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
+        try:
+            self._running.run(vcpu, None if until is None else clock.counter_at(until))
+        finally:
+            self._running = self._running_vcpu = None
+
+    def _pass_time(self) -> None:
+        """Every vCPU sleeps: on to the next timer, or in real time until somebody outside has something for us."""
+        clock = self.clock
+        deadline = clock.next_deadline()
+        wait = self.idle
+        if self.outside and self.outside.awaited:
+            wait = partial(self._wait_with, wait) if wait is not None else self.outside.wait
+        if wait is not None:
+            now = clock.now()
+            clock.stop()
+            passed = wait(None if deadline is None else max(deadline - now, 0))
+            clock.start()
+            clock.jump_to(now + passed)
+        elif deadline is None:
+            raise HostStuck("every vCPU waits for an event, and no timer is set")
+        else:
+            clock.jump_to(deadline)
+
+    def _wait_with(self, idle: Callable[[int | None], int], ns: int | None) -> int:
+        return idle(self.outside.limit(ns))
