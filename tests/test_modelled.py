@@ -96,11 +96,14 @@ def test_a_device_that_is_not_there(host: pvirq.Host) -> None:
 
 def test_a_device_of_domain_0_that_is_not_there(host: pvirq.Host) -> None:
     guest = host.model()
-    ref = host.attach_disk(guest, "xvda", "/dev/none")
-    host.run(lambda: host.quiet)
-    assert host.store.read_text(f"{ref.backend}/hotplug-status") == "error"
-    assert "/dev/none" in host.store.read_text(f"{ref.backend}/hotplug-error")
-    assert not guest.has_disk("xvda")
+    with pytest.raises(XenError, match="/dev/none") as caught:
+        host.attach_disk(guest, "xvda", "/dev/none")
+    assert caught.value.errno == Errno.ENOENT
+    with pytest.raises(XenError, match=r"xenbr7: Host\.add_bridge") as caught:
+        host.attach_nic(guest, bridge="xenbr7")
+    assert caught.value.errno == Errno.ENODEV
+    assert (guest.config.disks, guest.config.vifs) == ([], [])
+    assert not host.store.exists(f"/libxl/{guest.domain.domid}/device/vbd")
 
 
 def test_attach_and_detach_while_running(host: pvirq.Host) -> None:

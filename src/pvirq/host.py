@@ -1,8 +1,8 @@
-"""A host: the hypervisor, domain 0, the guests, and the one loop that runs them all.
+"""A host: the hypervisor, domain 0, the guests and their devices.
 
 with pvirq.Host() as host:
-    guest = host.boot("vmlinuz", exec_agent=True)
-    print(guest.run("cat /proc/interrupts").stdout.decode())
+    guest = host.boot("vmlinuz", initrd=initrd, append="console=hvc0 pvirq=agent")
+    print(guest.run("cat /proc/interrupts").text)
     print(host.dom0.proc_interrupts())
 """
 

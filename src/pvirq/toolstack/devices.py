@@ -17,6 +17,7 @@ from pvirq.drivers.blockstore import BlockDevices, BlockStore
 from pvirq.drivers.bridge import Network
 from pvirq.drivers.xenstore import Client, Operations, Perm, WatchHandle
 from pvirq.linux.kthread import Completion
+from pvirq.toolstack.domain import remove_path
 
 PROTOCOL: Final = "x86_64-abi"
 BLOCK_SCRIPT: Final = "/etc/xen/scripts/block"
@@ -278,14 +279,8 @@ class DeviceManager:
             self._network.detach(ref.vif)
         elif (loop := self._loops.pop(ref, None)) is not None:
             self._devices.remove(loop)  # losetup -d
-        for path, levels in ((ref.frontend, 1), (ref.backend, 2), (ref.libxl, 1)):
-            if self.store.exists(path):
-                self.store.rm(path)
-            for _ in range(levels):
-                path = path[: path.rfind("/")]
-                if not self.store.exists(path) or self.store.ls(path):
-                    break
-                self.store.rm(path)
+        for path in (ref.frontend, ref.backend, ref.libxl):
+            remove_path(self.store, path)
         gone = self._closing.pop(ref, None)
         if gone is not None:
             gone()

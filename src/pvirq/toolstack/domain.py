@@ -136,14 +136,21 @@ def _perms(*texts: str) -> tuple[Perm, ...]:
     return tuple(map(Perm.parse, texts))
 
 
+def remove_path(store: Client, path: str) -> None:
+    """Take a node away, and with it directories that are empty then (libxl__xs_path_cleanup)."""
+    if store.exists(path):
+        store.rm(path)
+    while path := path[: path.rfind("/")]:
+        if not store.exists(path) or store.ls(path):
+            return
+        store.rm(path)
+
+
 def remove_domain(store: Client, domid: int, vm_uuid: str) -> None:
     """Take a domain's nodes away after its end; what is gone already doesn't matter."""
-    for path in (
-        f"/local/domain/{domid}",
-        f"/local/domain/0/backend/console/{domid}/0",  # first: domain 0's kernel looks for devices that go
-        f"/local/domain/0/backend/console/{domid}",
-        f"/libxl/{domid}",
-        f"/vm/{vm_uuid}",
-    ):
+    if store.exists(f"/local/domain/{domid}"):
+        store.rm(f"/local/domain/{domid}")  # first: domain 0's kernel looks for devices that go
+    remove_path(store, f"/local/domain/0/backend/console/{domid}/0")
+    for path in (f"/libxl/{domid}", f"/vm/{vm_uuid}"):
         if store.exists(path):
             store.rm(path)
