@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pvirq.engine.protocol import EngineError
     from pvirq.guest import CommandResult, Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
     from pvirq.host import Host
+    from pvirq.hostfile import restore_host, save_host
     from pvirq.pv.builder import BuildError
     from pvirq.pv.image import ImageError
 
@@ -35,6 +36,8 @@ __all__ = [
     "HostStuck",
     "ImageError",
     "XenError",
+    "restore_host",
+    "save_host",
 ]
 
 _WHERE = {
@@ -44,6 +47,8 @@ _WHERE = {
     "Host": "pvirq.host",
     "ImageError": "pvirq.pv.image",
     "XenError": "pvirq.abi.errno",
+    "restore_host": "pvirq.hostfile",
+    "save_host": "pvirq.hostfile",
 }
 
 

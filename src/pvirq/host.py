@@ -72,6 +72,7 @@ class Host(RunLoop):
         """
         super().__init__(Hypervisor(Machine(machine_memory), Clock()))
         self.engine_name = engine
+        self.dom0_kernel, self.hardware = dom0_kernel, hardware
         self.wallclock_ns = int(wallclock * NS_PER_S)
         self.guests: list[Guest] = []
         self.modelled: list[ModelledGuest] = []

@@ -66,6 +66,7 @@ class Medium:
                 f"a disk of {size} bytes: expected a multiple of {SECTOR}", "file" if path else "size_mib"
             )
         self.clock = board.clock
+        self.path = path
         self.sectors = size // SECTOR
         self.timing = timing
         self.bad: set[int] = set()

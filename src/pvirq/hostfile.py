@@ -1,0 +1,174 @@
+"""A whole host in one file: its guests, each as `xl save` writes it, its machine, and what its disks in memory hold.
+
+As when a Xen machine is shut down with its guests saved (xendomains), domain 0 isn't saved but boots anew, and the
+guests are restored into it. So all guests have to be ones that suspend: a modelled guest, whose kernel is a Python
+object, can't be saved.
+
+The file is a zip: host.json, guests/NUMBER.save, devices/NUMBER with sectors.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Final
+
+from pvirq.drivers.blockstore import SECTOR, BlockStore, MemoryStore
+from pvirq.guest import Guest
+from pvirq.hardware.device import HardwareError
+from pvirq.hardware.disk import BlockDriver
+from pvirq.host import Host
+from pvirq.pv import save
+from pvirq.toolstack import savefile
+from pvirq.toolstack.savefile import SaveFileError
+
+FORMAT: Final = "pvirq host 1"
+PIECE_SECTORS: Final = (1 << 20) // SECTOR
+# A guest's pages are stored as they are, so that restoring them takes no time; disks are mostly zeros.
+COMPRESSION: Final = {"guests": zipfile.ZIP_STORED, "devices": zipfile.ZIP_DEFLATED}
+
+
+class HostFileError(Exception):
+    """A host can't be saved, or a file is none of a host's. One line."""
+
+
+def save_host(host: Host, file: str | os.PathLike[str] | BinaryIO, *, checkpoint: bool = False) -> None:
+    """Suspend all guests, write the host to a file and close it; with `checkpoint` it goes on.
+
+    HostFileError for a host with modelled guests, or whose domain 0 is none of those known by name; GuestError,
+    SaveError and OSError as `Host.save`. Then the host goes on.
+    """
+    if not host.has_dom0 or not isinstance(host.dom0_kernel, str):
+        raise HostFileError("only a host whose domain 0 has a kernel known by name can be saved")
+    if host.modelled:
+        raise HostFileError(f"{host.modelled[0].name} is a modelled guest, which can't be saved")
+    suspended: list[Guest] = []
+    try:
+        for guest in host.guests:
+            guest.suspend()
+            suspended.append(guest)
+        with zipfile.ZipFile(file, "w") as archive:
+            _write(host, archive)
+    except BaseException:
+        for guest in suspended:
+            guest.resume()
+        raise
+    if checkpoint:
+        for guest in suspended:
+            guest.resume()
+    else:
+        host.close()
+
+
+def _write(host: Host, archive: zipfile.ZipFile) -> None:
+    devices = []
+    for name, store in _volatile(host):
+        devices.append({"name": name, "sectors": store.sectors, "hardware": isinstance(store, BlockDriver)})
+        with _member(archive, "devices", len(devices) - 1, "w") as member:
+            for first, count in _pieces(store.sectors):
+                member.write(_read(store, first, count))
+    for number, guest in enumerate(host.guests):
+        with _member(archive, "guests", number, "w") as member:
+            savefile.write(member, guest.config, save.save(guest.machine))
+    about = {
+        "format": FORMAT, "wallclock": host.wallclock(), "engine": host.engine_name,
+        "dom0_vcpus": len(host.dom0.domain.vcpus), "dom0_kernel": host.dom0_kernel, "hardware": host.hardware,
+        "bridges": list(host.backends.network.bridges), "devices": devices, "guests": len(host.guests),
+    }  # fmt: skip
+    archive.writestr("host.json", json.dumps(about, indent=4))
+
+
+def restore_host(file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[Host], None] | None = None) -> Host:
+    """The host from such a file, to be closed by the caller; its guests go on when it next runs.
+
+    What isn't in the file but was on its network (a station, a way out) is put there by `prepare`, before the guests.
+    HostFileError, SaveFileError and what `Host.restore` raises; OSError.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            about = json.loads(archive.read("host.json"))
+            if not isinstance(about, dict) or about.get("format") != FORMAT:
+                raise HostFileError(f"not a saved host of this version ({FORMAT})")
+            host = Host(
+                engine=about["engine"], dom0_vcpus=about["dom0_vcpus"], dom0_kernel=about["dom0_kernel"],
+                hardware=about["hardware"], wallclock=about["wallclock"],
+            )  # fmt: skip
+            try:
+                _fill(host, archive, about, prepare)
+            except BaseException:
+                host.close()
+                raise
+            return host
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, HardwareError) as error:
+        raise HostFileError(f"no file of a saved host, or a damaged one: {error}") from None
+
+
+def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: Callable[[Host], None] | None) -> None:
+    for bridge in about["bridges"]:
+        if bridge not in host.backends.network.bridges:
+            host.add_bridge(bridge)
+    for number, device in enumerate(about["devices"]):
+        name, sectors = device["name"], device["sectors"]
+        store: BlockStore
+        if device["hardware"]:
+            store = host.platform.device(name.removeprefix("/dev/"), BlockDriver)  # type: ignore[type-abstract]
+        else:
+            store = MemoryStore(sectors)
+            host.backends.devices.add(name, store)
+        with _member(archive, "devices", number, "r") as member:
+            for first, count in _pieces(sectors):
+                data = member.read(count * SECTOR)
+                if len(data) != count * SECTOR:
+                    raise HostFileError(f"{name}: its sectors are cut short")
+                if data.strip(b"\0"):  # what was never written takes no memory here either
+                    _put(store, first, data)
+    if prepare is not None:
+        prepare(host)
+    for number in range(about["guests"]):
+        with _member(archive, "guests", number, "r") as member:
+            host.restore(io.BufferedReader(member))
+
+
+def _member(archive: zipfile.ZipFile, kind: str, number: int, mode: str) -> Any:
+    if mode == "r":
+        return archive.open(f"{kind}/{number}")
+    info = zipfile.ZipInfo(f"{kind}/{number}")
+    info.compress_type = COMPRESSION[kind]
+    return archive.open(info, "w", force_zip64=True)
+
+
+# -- disks that are nowhere else ---------------------------------------------------------------------------------------
+
+
+def _volatile(host: Host) -> Iterator[tuple[str, BlockStore]]:
+    """Domain 0's devices whose sectors would be gone with the host."""
+    devices = host.backends.devices
+    for name in devices.names():
+        store = devices.find(devices.number(name) or "")
+        if isinstance(store, MemoryStore) or (isinstance(store, BlockDriver) and not store.medium.path):
+            yield name, store
+
+
+def _pieces(sectors: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, sectors, PIECE_SECTORS):
+        yield first, min(PIECE_SECTORS, sectors - first)
+
+
+def _read(store: BlockStore, first: int, count: int) -> bytes:
+    if isinstance(store, BlockDriver):
+        return store.medium.read(first, count)
+    assert isinstance(store, MemoryStore)
+    return store.read(first, count)
+
+
+def _put(store: BlockStore, first: int, data: bytes) -> None:
+    if isinstance(store, BlockDriver):
+        store.medium.write(first, data)
+    elif isinstance(store, MemoryStore):
+        store.data[first * SECTOR : first * SECTOR + len(data)] = data
+
+
+__all__ = ["HostFileError", "SaveFileError", "restore_host", "save_host"]
