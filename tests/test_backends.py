@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import shutil
 from collections.abc import Iterator
@@ -274,3 +275,12 @@ def test_the_backends_parameter(host: pvirq.Host, guest: ModelledGuest, image: P
     write(guest, 0, b"p" * 512 * 100)
     assert read(guest, 0, 100) == b"p" * 512 * 100
     assert len(host.backends.xenbus.gnttab.table.maptrack) == 1  # the ring
+
+
+def test_the_page_runs() -> None:
+    """docs/disks.md."""
+    page = Path(__file__).parent.parent / "docs/disks.md"
+    flags = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+    failed, tried = doctest.testfile(str(page), module_relative=False, optionflags=flags)
+    assert tried > 30
+    assert not failed
