@@ -62,10 +62,12 @@ class Backends:
             manager.attach_disk(domid, replace(disk, params=name), on_gone=lambda: devices.remove(name))
             return ref
         path = os.fspath(device)
-        if devices.number(path) is not None:
+        here = os.path.exists(path)
+        if devices.number(path) is not None or (path.startswith("/dev/") and not here):
+            # A device that domain 0 hasn't is for the hotplug script to find out.
             manager.attach_disk(domid, replace(disk, params=path))
             return ref
-        if not os.path.exists(path):
+        if not here:
             raise XenError(Errno.ENOENT, f"Disk vdev={vdev} failed to stat: {path}: {os.strerror(Errno.ENOENT)}")
         image = open_image(path, readonly=readonly, format=format, cache=cache)
         if format in ("", "raw"):

@@ -58,6 +58,11 @@ def open_image(
     if cache not in CACHES:
         raise XenError(Errno.EINVAL, f"cache {cache!r}: expected one of {', '.join(CACHES)}")
     store: InPlaceStore
+    if not readonly and os.path.isfile(path) and not os.stat(path).st_mode & 0o222:
+        # The block script's rule, though root could.
+        raise XenError(
+            Errno.EACCES, f"File {path} is read-only, and so I will not mount it read-write in a guest domain."
+        )
     if format in ("", "raw"):
         store = FileStore(path, readonly=readonly)
         found = sniff_format(store.read(0, 1)) if not format and store.sectors else "raw"
