@@ -124,14 +124,15 @@ def test_no_reference_is_twice_in_use(steps: list[int]) -> None:
 
 
 FRAMES = st.sampled_from(["own", "own", "table", "foreign", "xen", "none"])
-WORDS = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 9, 24, 25, 0x101, 0x105, 0x103, 0x8001])
+WORDS = st.sampled_from([0, 1, 1, 2, 3, 5, 9, 25, 0x101, 0x8001])
 
 
+@settings(max_examples=250)
 @given(
     version=st.sampled_from([1, 2]),
     entries=st.lists(
         st.tuples(
-            WORDS, st.sampled_from([0, 1, 7, 0x7FF0]), st.sampled_from(["own", "table", "foreign", "xen", "none"])
+            WORDS, st.sampled_from([0, 0, 0, 1, 0x7FF0]), st.sampled_from(["own", "table", "foreign", "xen", "none"])
         ),
         min_size=1,
         max_size=6,
