@@ -144,6 +144,8 @@ def test_images_that_cannot_be_had(host: pvirq.Host, guest: ModelledGuest, image
         with pytest.raises(XenError, match=why) as error:
             host.attach_disk(guest, "xvdb", device)
         assert error.value.errno is errno
+    with pytest.raises(XenError, match="are for images"):
+        host.attach_disk(guest, "xvdb", MemoryStore(8), cache="writeback")
     assert not host.store.exists("/libxl/1/device/vbd/51728")
     connect(guest)
     with pytest.raises(ValueError, match="virtual device"):

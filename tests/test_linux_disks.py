@@ -41,6 +41,16 @@ class Recording(MemoryStore):
         return super().readv(sector, buffers)
 
 
+class Full(MemoryStore):
+    """Takes so many bytes more."""
+
+    room = 1 << 40
+
+    def writev(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
+        self.room -= sum(map(len, buffers))
+        return super().writev(sector, buffers) if self.room >= 0 else Errno.ENOSPC
+
+
 @pytest.fixture(scope="module")
 def initrd(kernel_cloud: KernelChoice, busybox: Path) -> bytes:
     """With the block frontend to be loaded by hand, for its parameters."""
@@ -206,6 +216,32 @@ def test_a_mounted_disk_that_goes(host: Host, guest: Guest, folder: Path) -> Non
     assert guest.run("dd if=/dev/zero of=/e/y bs=1M count=1 conv=fsync").status
     sh(guest, "umount -l /e; md5sum < /dev/xvdb >/dev/null")
     assert b"x\n" in (folder / "e.img").read_bytes()
+
+
+def test_a_disk_that_is_taken_by_force(host: Host, guest: Guest, folder: Path) -> None:
+    """While the guest writes to it: its writes fail, and it goes on."""
+    host.attach_disk(guest, "xvde", image(folder / "f.img", 32 * MIB))
+    wait_for(guest, "xvde")
+    sh(guest, "(while dd if=/dev/zero of=/dev/xvde bs=256k oflag=direct 2>/dev/null; do :; done; echo over > /over) &")
+    assert host.run(lambda: (folder / "f.img").stat().st_blocks > 1000, 60 * NS_PER_S)
+    finish(host, host.detach_disk(guest, "xvde", force=True))
+    FileStore(folder / "f.img").close()
+    sh(guest, "until [ -f /over ]; do sleep 0.1; done; md5sum < /dev/xvdb > /dev/null")
+    assert sh(guest, "ls /sys/block") == "xvda\nxvdb\nxvdc\n"
+
+
+def test_a_store_without_room(host: Host, guest: Guest) -> None:
+    """The guest's file system gets errors for what doesn't fit; its other disks go on."""
+    store = Full(16 * MIB // 512)
+    host.attach_disk(guest, "xvdf", store)
+    wait_for(guest, "xvdf")
+    sh(guest, "mke2fs /dev/xvdf > /dev/null; mkdir -p /f; mount -t ext4 /dev/xvdf /f; echo early > /f/early; sync")
+    store.room = 2 * MIB
+    assert guest.run("dd if=/dev/urandom of=/f/late bs=64k count=100 conv=fsync").status
+    assert sh(guest, "cat /f/early; dd if=/dev/xvdf of=/dev/null bs=1M iflag=direct 2>/dev/null") == "early\n"
+    sh(guest, "echo x > /x; dd if=/x of=/dev/xvdc conv=sync,fsync 2>/dev/null; umount -l /f")
+    assert sum("failed: ENOSPC" in line for line in host.dom0.log) == 1
+    finish(host, host.detach_disk(guest, "xvdf"))
 
 
 def test_a_module_that_is_loaded_anew(host: Host, guest: Guest, folder: Path) -> None:
