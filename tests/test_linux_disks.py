@@ -218,18 +218,6 @@ def test_a_mounted_disk_that_goes(host: Host, guest: Guest, folder: Path) -> Non
     assert b"x\n" in (folder / "e.img").read_bytes()
 
 
-def test_a_disk_that_is_taken_by_force(host: Host, guest: Guest, folder: Path) -> None:
-    """While the guest writes to it: its writes fail, and it goes on."""
-    host.attach_disk(guest, "xvde", image(folder / "f.img", 32 * MIB))
-    wait_for(guest, "xvde")
-    sh(guest, "(while dd if=/dev/zero of=/dev/xvde bs=256k oflag=direct 2>/dev/null; do :; done; echo over > /over) &")
-    assert host.run(lambda: (folder / "f.img").stat().st_blocks > 1000, 60 * NS_PER_S)
-    finish(host, host.detach_disk(guest, "xvde", force=True))
-    FileStore(folder / "f.img").close()
-    sh(guest, "until [ -f /over ]; do sleep 0.1; done; md5sum < /dev/xvdb > /dev/null")
-    assert sh(guest, "cd /sys/block; echo xvd*") == "xvda xvdb xvdc\n"
-
-
 def test_a_store_without_room(host: Host, guest: Guest) -> None:
     """The guest's file system gets errors for what doesn't fit; its other disks go on."""
     store = Full(16 * MIB // 512)
