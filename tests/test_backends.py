@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import shutil
 from collections.abc import Iterator
@@ -143,10 +144,36 @@ def test_images_that_cannot_be_had(host: pvirq.Host, guest: ModelledGuest, image
         with pytest.raises(XenError, match=why) as error:
             host.attach_disk(guest, "xvdb", device)
         assert error.value.errno is errno
+    with pytest.raises(XenError, match="are for images"):
+        host.attach_disk(guest, "xvdb", MemoryStore(8), cache="writeback")
     assert not host.store.exists("/libxl/1/device/vbd/51728")
     connect(guest)
     with pytest.raises(ValueError, match="virtual device"):
         host.attach_disk(guest, "sdx9z", image)
+
+
+def test_an_image_that_is_read_only(host: pvirq.Host, guest: ModelledGuest, image: Path) -> None:
+    image.chmod(0o444)
+    with pytest.raises(XenError, match="is read-only, and so I will not mount it read-write") as error:
+        host.attach_disk(guest, "xvda", image)
+    assert error.value.errno is Errno.EACCES
+    host.attach_disk(guest, "xvda", image, readonly=True)
+    connect(guest)
+    assert read(guest, 0, 1)[:5] == b"image"
+
+
+def test_a_disk_that_goes_before_its_backend_has_seen_it(
+    host: pvirq.Host, guest: ModelledGuest, image: Path, tmp_path: Path
+) -> None:
+    """Its script never runs, and not for the next disk of this name either."""
+    host.attach_disk(guest, "xvda", image)
+    host.detach_disk(guest, "xvda", force=True)
+    FileStore(image).close()
+    (tmp_path / "second").write_bytes(b"second".ljust(4096, b"\0"))
+    host.attach_disk(guest, "xvda", tmp_path / "second")
+    connect(guest)
+    assert host.backends.devices.names() == ["/dev/loop0"]
+    assert read(guest, 0, 1)[:6] == b"second"
 
 
 def test_force_does_not_wait_for_the_guest(host: pvirq.Host, guest: ModelledGuest, image: Path) -> None:
@@ -274,3 +301,12 @@ def test_the_backends_parameter(host: pvirq.Host, guest: ModelledGuest, image: P
     write(guest, 0, b"p" * 512 * 100)
     assert read(guest, 0, 100) == b"p" * 512 * 100
     assert len(host.backends.xenbus.gnttab.table.maptrack) == 1  # the ring
+
+
+def test_the_page_runs() -> None:
+    """docs/disks.md."""
+    page = Path(__file__).parent.parent / "docs/disks.md"
+    flags = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+    failed, tried = doctest.testfile(str(page), module_relative=False, optionflags=flags)
+    assert tried > 30
+    assert not failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -34,7 +34,8 @@ from pvirq.drivers.blockstore import BlockStore, Done, MemoryStore
 from pvirq.linux.kthread import Body, Kthread
 from pvirq.linux.personality import Personality
 from pvirq.linux.pvops import Pvops
-from pvirq.toolstack.devices import Disk
+from pvirq.toolstack.devices import DeviceRef, Disk
+from pvirq.xen.memory import PGT_L1
 from pvirq.xen.timer import NS_PER_S
 
 SECTORS = 4096
@@ -70,8 +71,9 @@ class Setup:
         store: BlockStore | None = None,
         readonly: bool = False,
         persistent: bool = True,
+        dom0_vcpus: int = 2,
     ) -> None:
-        self.host = Host(dom0=back)
+        self.host = Host(dom0=back, dom0_vcpus=dom0_vcpus)
         self.store = store or MemoryStore(SECTORS)
         self.host.devices.add("/dev/loop0", self.store)
         drivers = {"vbd": blkback(self.host.devices, persistent=persistent)}
@@ -280,15 +282,16 @@ def test_a_failing_device(setup: Setup) -> None:
 class Hostile:
     """Writes any request on the first ring of a guest's disk, and reads the answers."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, guest: Guest | None = None) -> None:
         self.setup = setup
-        self.queue = setup.disk.queues[0]
-        setup.guest.kernel.irq.disable_irq(self.queue.irq)
+        self.guest = guest or setup.guest
+        self.queue = disk_of(self.guest).queues[0]
+        self.guest.kernel.irq.disable_irq(self.queue.irq)
         self.page = setup.host.machine.page(self.queue.mfns[0])
         self.words = self.page[:16].cast("I")
         self.prod = self.words[REQ_PROD]
-        self.frame = setup.guest.xenbus.pages.alloc()
-        self.ref = setup.guest.xenbus.gnttab.grant_access(0, self.frame)
+        self.frame = self.guest.xenbus.pages.alloc()
+        self.ref = self.guest.xenbus.gnttab.grant_access(0, self.frame)
 
     def put(self, request: bytes) -> None:
         at = RING_HEADER + self.prod % 32 * 112
@@ -297,9 +300,8 @@ class Hostile:
 
     def go(self) -> None:
         self.words[REQ_PROD] = self.prod
-        setup = self.setup
-        setup.guest.kernel.events.notify_remote_via_irq(self.queue.irq)
-        setup.host.run()
+        self.guest.kernel.events.notify_remote_via_irq(self.queue.irq)
+        self.setup.host.run()
 
     def ask(self, request: bytes) -> int | None:
         """The status of the answer; None where there is none."""
@@ -375,8 +377,10 @@ BAD: dict[str, tuple[Callable[[Hostile], bytes], int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_get_an_error_and_a_line(hostile: Hostile, name: str) -> None:
-    setup = hostile.setup
+@pytest.mark.parametrize("persistent", [True, False])
+def test_bad_requests_get_an_error_and_a_line(name: str, persistent: bool) -> None:
+    setup = Setup(persistent=persistent)
+    hostile = Hostile(setup)
     other = setup.add_guest()
     make, status, why = BAD[name]
     assert hostile.ask(make(hostile)) == status
@@ -385,6 +389,116 @@ def test_bad_requests_get_an_error_and_a_line(hostile: Hostile, name: str) -> No
     # The device goes on, and nobody else notices.
     assert hostile.ask(hostile.rw(BLKIF_OP_READ, 0, (hostile.ref, 0, 7))) == BLKIF_RSP_OKAY
     assert setup.host.do(other.kernel, disk_of(other).read(0, 8)) == bytes(4096)
+
+
+def _foreign(hostile: Hostile) -> int:
+    return hostile.setup.add_guest().xenbus.pages.alloc()
+
+
+def _page_table(hostile: Hostile) -> int:
+    mfn = hostile.setup.guest.xenbus.pages.alloc()
+    hostile.setup.host.machine.type[mfn] = PGT_L1
+    hostile.setup.host.machine.type_count[mfn] = 1
+    return mfn
+
+
+FRAMES: dict[str, Callable[[Hostile], int]] = {
+    "another domain's": _foreign,
+    "a page table": _page_table,
+    "domain 0's": lambda hostile: hostile.setup.host.dom0.domain.shared_info_mfn,
+    "none": lambda hostile: hostile.setup.host.machine.frames + 5,
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_frames_that_are_not_the_guests_to_grant(name: str, persistent: bool) -> None:
+    setup = Setup(persistent=persistent)
+    hostile = Hostile(setup)
+    mfn = FRAMES[name](hostile)
+    assert isinstance(setup.store, MemoryStore)
+    setup.store.data[:4096] = b"x" * 4096
+    before = bytes(setup.host.machine.page(mfn)) if mfn < setup.host.machine.frames else b""
+    hostile.setup.guest.xenbus.gnttab.grant(hostile.ref, 0, mfn)
+    assert hostile.ask(hostile.rw(BLKIF_OP_READ, 0, (hostile.ref, 0, 7))) == BLKIF_RSP_ERROR
+    assert "invalid buffer" in setup.host.dom0.log[-1]
+    assert before == (bytes(setup.host.machine.page(mfn)) if before else b"")
+    setup.host.close()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_grant_to_read_is_not_written(persistent: bool) -> None:
+    setup = Setup(persistent=persistent)
+    hostile = Hostile(setup)
+    gnttab = setup.guest.xenbus.gnttab
+    frame = setup.guest.xenbus.pages.alloc()
+    setup.host.machine.page(frame)[:4096] = b"k" * 4096
+    ref = gnttab.grant_access(0, frame, readonly=True)
+    assert hostile.ask(hostile.rw(BLKIF_OP_READ, 0, (ref, 0, 7))) == BLKIF_RSP_ERROR
+    assert bytes(setup.host.machine.page(frame)) == b"k" * 4096
+    # Where grants persist they are mapped for both directions, so that such a one is of no use at all.
+    expected = BLKIF_RSP_ERROR if persistent else BLKIF_RSP_OKAY
+    assert hostile.ask(hostile.rw(BLKIF_OP_WRITE, 0, (ref, 0, 7))) == expected
+    setup.host.close()
+
+
+def test_a_failed_indirect_request_is_answered_by_its_own_operation(hostile: Hostile) -> None:
+    """A frontend takes no other for an answer to what it asked."""
+    answers = hostile.words[RSP_PROD]
+    indirect = BLKIF_REQUEST_INDIRECT.pack(BLKIF_OP_INDIRECT, BLKIF_OP_WRITE, 2, 9, 0, 0, 7777, *[0] * 7)
+    assert hostile.ask(indirect) == BLKIF_RSP_ERROR
+    assert struct.unpack_from("<QB", hostile.page, RING_HEADER + answers % 32 * 112) == (9, BLKIF_OP_WRITE)
+
+
+def test_reused_ids(hostile: Hostile) -> None:
+    """An id means something to its frontend only: each request gets its answer."""
+    answers = hostile.words[RSP_PROD]
+    for sector in range(3):
+        hostile.put(hostile.rw(BLKIF_OP_WRITE, sector, (hostile.ref, sector, sector)))
+    hostile.go()
+    assert hostile.words[RSP_PROD] == answers + 3
+    assert {struct.unpack_from("<Q", hostile.page, RING_HEADER + (answers + i) % 32 * 112)[0] for i in range(3)} == {5}
+
+
+def test_a_ring_whose_grant_is_taken_back(hostile: Hostile) -> None:
+    """It stays mapped for as long as the backend has it, whatever its owner writes into the table."""
+    setup = hostile.setup
+    gnttab, ref = setup.guest.xenbus.gnttab, hostile.queue.refs[0]
+    assert not gnttab.revoke(ref)
+    gnttab._machine.u64[gnttab._at(ref) >> 3] = 0
+    assert hostile.ask(hostile.rw(BLKIF_OP_READ, 0, (hostile.ref, 0, 7))) == BLKIF_RSP_OKAY
+    setup.guest.destroy()
+    setup.host.run()
+    assert not setup.host.xenbus.gnttab.table.maptrack
+    assert not setup.host.hypervisor.zombies
+
+
+def test_a_full_ring_is_not_served_to_its_end_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a ring may do in a row is bounded; then it is the others' turn, of the same CPU's."""
+    setup = Setup(dom0_vcpus=1)
+    monkeypatch.setattr("pvirq.drivers.blkback_ring.BUDGET_REQUESTS", 4)
+    other = setup.add_guest()
+    hostile, second = Hostile(setup), Hostile(setup, other)
+    order: list[int] = []
+    store = setup.store
+    assert isinstance(store, MemoryStore)
+    readv = store.readv
+
+    def noted(sector: int, buffers: Sequence[memoryview]) -> Errno | None:
+        order.append(sector)
+        return readv(sector, buffers)
+
+    monkeypatch.setattr(store, "readv", noted)
+    for _ in range(20):
+        hostile.put(hostile.rw(BLKIF_OP_READ, 1, (hostile.ref, 0, 7)))
+    second.put(second.rw(BLKIF_OP_READ, 2, (second.ref, 0, 7)))
+    # Both are there before the backend gets its turn, on one CPU.
+    for one in (hostile, second):
+        one.words[REQ_PROD] = one.prod
+        one.guest.kernel.events.notify_remote_via_irq(one.queue.irq)
+    setup.host.run()
+    assert sorted(order) == [1] * 20 + [2]
+    assert order.index(2) <= 8
 
 
 @pytest.mark.parametrize("ahead", [33, 1000, 1 << 31, (1 << 32) - 1])
@@ -458,6 +572,34 @@ def _port(guest: Guest) -> int:
     irq: int = events.bind_listening(0, lambda irq, dev: 1, "hostile", guest)
     port: int = events.evtchn_from_irq(irq)
     return port
+
+
+def test_a_disk_that_is_taken_away_with_requests_under_way() -> None:
+    """The backend closes first: the frontend's requests fail at once, later ones too, and nothing is left."""
+    store = SlowStore(SECTORS)
+    setup = Setup(store=store)
+    store.waiting.pop()()
+    setup.host.run()
+    failed: list[Errno] = []
+
+    def body() -> Body[None]:
+        for _ in range(2):
+            try:
+                yield from setup.disk.read(0, 8)
+            except XenError as error:
+                failed.append(error.errno)
+
+    Kthread(setup.guest.kernel, "t", body())
+    setup.host.run()
+    gone = setup.host.manager.detach(DeviceRef(1, "vbd", 51712))
+    setup.host.run()
+    assert gone.done
+    assert failed[0] is Errno.EIO
+    assert len(failed) == 2
+    store.waiting.pop()()
+    setup.host.pass_time(3 * NS_PER_S)
+    assert not setup.host.xenbus.gnttab.table.maptrack
+    assert not [ref for ref in setup.guest.xenbus.gnttab.table.active if ref >= 8]
 
 
 def test_closing_with_requests_under_way() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from pvirq.abi.grant_table import GNTST_bad_gntref, GNTST_general_error
 from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.grants import GREFS_PER_FRAME
 from pvirq.xen.grant import GrantError
+from pvirq.xen.memory import PGT_L1
 from pvirq.xen.timer import NS_PER_S
 
 
@@ -118,4 +120,63 @@ def test_no_reference_is_twice_in_use(steps: list[int]) -> None:
             assert gnttab.end_access(ref, partial(pages.free, mfn))
     total = len(gnttab.table.frames) * PAGE_SIZE // 8
     assert gnttab.free + len(held) == total - 8
+    host.close()
+
+
+FRAMES = st.sampled_from(["own", "own", "table", "foreign", "xen", "none"])
+WORDS = st.sampled_from([0, 1, 1, 2, 3, 5, 9, 25, 0x101, 0x8001])
+
+
+@settings(max_examples=250)
+@given(
+    version=st.sampled_from([1, 2]),
+    entries=st.lists(
+        st.tuples(
+            WORDS, st.sampled_from([0, 0, 0, 1, 0x7FF0]), st.sampled_from(["own", "table", "foreign", "xen", "none"])
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    mapped=st.lists(st.integers(0, 5), max_size=2),
+    refs=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    readonly=st.booleans(),
+    beyond=st.sampled_from([0, 0, 0, 1 << 20, (1 << 32) - 1]),
+)
+def test_what_may_be_used_at_once_is_what_may_be_mapped(
+    version: int, entries: list[tuple[int, int, str]], mapped: list[int], refs: list[int], readonly: bool, beyond: int
+) -> None:
+    """Whatever a table says, `access` gives the frames that mapping would, and the same errors; nothing stays."""
+    host = Host(memory=256 << 20)
+    guest, other = host.guest(), host.guest()
+    gnttab, table, machine = host.xenbus.gnttab, guest.xenbus.gnttab.table, host.machine
+    table.set_version(version)
+    page_table = guest.xenbus.pages.alloc()
+    machine.type[page_table], machine.type_count[page_table] = PGT_L1, 1
+    frames = {
+        "own": guest.xenbus.pages.alloc(), "table": page_table, "foreign": other.xenbus.pages.alloc(), "xen": 0x100,
+        "none": machine.frames + 1,
+    }  # fmt: skip
+    for i, (flags, domid, frame) in enumerate(entries):
+        table.set_entry(20 + i, domid, frames[frame], flags)
+    held = []
+    for i in mapped:
+        with suppress(GrantError):
+            held.append(gnttab.map(guest.domain.domid, 20 + i))
+    wanted = [20 + ref + beyond for ref in refs]
+    before = {ref: (act.pin, act.domid, act.mfn) for ref, act in table.active.items()}
+    try:
+        accessed: list[int] | int = gnttab.access(guest.domain, wanted, readonly)
+    except GrantError as error:
+        accessed = error.status
+    assert {ref: (act.pin, act.domid, act.mfn) for ref, act in table.active.items()} == before
+    pages = []
+    try:
+        for ref in wanted:
+            pages.append(gnttab.map(guest.domain.domid, ref, readonly))
+        expected: list[int] | int = [page.mfn for page in pages]
+    except GrantError as error:
+        expected = error.status
+    assert accessed == expected
+    for page in (*pages, *held):
+        gnttab.unmap(page)
     host.close()

@@ -6,7 +6,10 @@ import contextlib
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +224,25 @@ def test_a_qcow2_image(image: Path) -> None:
     assert again.read(99, 6) == bytes(512) + b"q" * 2048 + bytes(512)
     assert again.writev(0, [memoryview(bytes(512))]) is Errno.EROFS
     again.close()
+
+
+def test_the_server_ends_with_its_user(image: Path) -> None:
+    """Even one that is killed: the image is free again."""
+    code = (
+        "import os, sys; from pvirq.toolstack import diskimage;"
+        f"diskimage.SERVERS = {diskimage.SERVERS}; store = diskimage.open_image(sys.argv[1], format='qcow2');"
+        "assert store.writev(7, [memoryview(b'k' * 512)]) is None; store.flush(print); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(image)], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    for _ in range(200):
+        try:
+            store = open_image(image, format="qcow2")
+            break
+        except XenError:
+            time.sleep(0.05)
+    assert store.read(7, 1) == b"k" * 512
+    store.close()
 
 
 def test_what_qemu_says_is_said(image: Path) -> None:

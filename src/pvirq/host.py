@@ -264,6 +264,8 @@ class Host(RunLoop):
     def detach_disk(self, guest: Guest | ModelledGuest, vdev: str, *, force: bool = False) -> Completion[None]:
         """Take a disk away (xl block-detach), done once both ends have closed; `force` doesn't wait for the guest.
 
+        Another can have its name when the guest has seen it go.
+
         XenError(ENOENT): there is none.
         """
         done = self.backends.detach_disk(guest.domain.domid, vdev, force=force)

@@ -363,6 +363,8 @@ class BlkFront(Driver):
             # blkfront_closing: nobody answers any more, now or later.
             for queue in self.queues:
                 queue.die()
+            if self.ready.done:
+                self.ready = Completion()
             yield from dev.frontend_closed()
 
     def _talk_to_blkback(self) -> Body[None]:

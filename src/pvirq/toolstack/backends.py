@@ -57,15 +57,20 @@ class Backends:
         disk = Disk(vdev, "", readonly)
         ref = DeviceRef(domid, "vbd", disk.devid)
         manager.check_free(ref)
+        path = os.fspath(device) if isinstance(device, (str, os.PathLike)) else ""
+        here = os.path.exists(path)
+        # A device that domain 0 hasn't is for the hotplug script to find out.
+        known = devices.number(path) is not None or (path.startswith("/dev/") and not here)
+        if (known or not path) and (format not in ("", "raw") or cache != "none"):
+            raise XenError(Errno.EINVAL, f"Disk vdev={vdev}: format and cache are for images")
+        if known:
+            manager.attach_disk(domid, replace(disk, params=path))
+            return ref
         if not isinstance(device, (str, os.PathLike)):
             name = devices.add_free("ram", device)
             manager.attach_disk(domid, replace(disk, params=name), on_gone=lambda: devices.remove(name))
             return ref
-        path = os.fspath(device)
-        if devices.number(path) is not None:
-            manager.attach_disk(domid, replace(disk, params=path))
-            return ref
-        if not os.path.exists(path):
+        if not here:
             raise XenError(Errno.ENOENT, f"Disk vdev={vdev} failed to stat: {path}: {os.strerror(Errno.ENOENT)}")
         image = open_image(path, readonly=readonly, format=format, cache=cache)
         if format in ("", "raw"):

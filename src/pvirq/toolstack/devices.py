@@ -121,6 +121,7 @@ class DeviceManager:
         self._network = network
         self._loops: dict[DeviceRef, str] = {}  # loop devices that scripts have made
         self._closing: dict[DeviceRef, Callable[[], None]] = {}  # what goes with a disk
+        self._attaching: dict[DeviceRef, WatchHandle] = {}  # whose script still waits for the backend
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
@@ -203,6 +204,7 @@ class DeviceManager:
         done: Completion[DeviceRef] = Completion()
 
         def ready() -> None:
+            self._attaching.pop(ref, None)
             try:
                 script()
             except XenError as error:
@@ -212,10 +214,14 @@ class DeviceManager:
             else:
                 done.complete(ref)
 
-        self._when_state(ref, (XenbusState.InitWait,), ready)
+        waits = self._when_state(ref, (XenbusState.InitWait,), ready)
+        if waits is not None:
+            self._attaching[ref] = waits
         return done
 
-    def _when_state(self, ref: DeviceRef, states: tuple[XenbusState, ...], action: Callable[[], None]) -> None:
+    def _when_state(
+        self, ref: DeviceRef, states: tuple[XenbusState, ...], action: Callable[[], None]
+    ) -> WatchHandle | None:
         """Once the backend is in one of these states, or its nodes are gone where Unknown is one (ev_devstate)."""
         watch: list[WatchHandle] = []
 
@@ -227,6 +233,7 @@ class DeviceManager:
 
         watch.append(self.store.watch(f"{ref.backend}/state", f"{ref.kind}-{ref.domid}-{ref.devid}", changed))
         changed("", "")
+        return watch[0] if watch else None
 
     def _block_script(self, ref: DeviceRef, device: str, image: BlockStore | None) -> None:
         """/etc/xen/scripts/block add: a file gets a loop device (losetup -f)."""
@@ -275,6 +282,9 @@ class DeviceManager:
 
     def _destroy(self, ref: DeviceRef) -> None:
         """The scripts' `remove` and libxl__device_destroy: its nodes, and directories that are empty with that."""
+        waits = self._attaching.pop(ref, None)
+        if waits is not None:
+            waits.close()  # or the script would run for the next device of this name
         if ref.kind == "vif":
             self._network.detach(ref.vif)
         elif (loop := self._loops.pop(ref, None)) is not None:

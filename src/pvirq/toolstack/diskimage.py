@@ -26,6 +26,10 @@ FORMATS: Final = {"raw": "raw", "qcow": "qcow", "qcow2": "qcow2", "qed": "qed", 
 CACHES: Final = ("none", "writeback")
 SERVERS: Final = ("qemu-nbd", "qemu-storage-daemon")
 EXPORT: Final = "disk"
+# Runs a server until it ends, or its standard input does: with this process too, however that comes to its end.
+WHILE_WE_LIVE: Final = (
+    'exec 3<&0; "$@" </dev/null 3<&- & server=$!; { read -r _ <&3; kill $server; } 2>/dev/null & wait $server'
+)
 START_S: Final = 10.0
 
 
@@ -58,6 +62,11 @@ def open_image(
     if cache not in CACHES:
         raise XenError(Errno.EINVAL, f"cache {cache!r}: expected one of {', '.join(CACHES)}")
     store: InPlaceStore
+    if not readonly and os.path.isfile(path) and not os.stat(path).st_mode & 0o222:
+        # The block script's rule, though root could.
+        raise XenError(
+            Errno.EACCES, f"File {path} is read-only, and so I will not mount it read-write in a guest domain."
+        )
     if format in ("", "raw"):
         store = FileStore(path, readonly=readonly)
         found = sniff_format(store.read(0, 1)) if not format and store.sectors else "raw"
@@ -81,12 +90,11 @@ def _serve(path: str, driver: str, readonly: bool) -> NbdStore:
     folder = tempfile.mkdtemp(prefix="pvirq-nbd-")
     where = str(Path(folder) / "socket")
     server = subprocess.Popen(
-        _command(name, path, driver, readonly, where), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        ["sh", "-c", WHILE_WE_LIVE, "sh", *_command(name, path, driver, readonly, where)], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
 
     def stop() -> str:
-        server.terminate()
         said = server.communicate()[1].decode(errors="replace").strip().splitlines()
         shutil.rmtree(folder, ignore_errors=True)
         return said[0].rpartition(": ")[2] if said else ""  # it repeats its arguments before what is wrong

@@ -130,14 +130,22 @@ class Maptrack:
         self._mappings.clear()
 
 
-def _increments(flags: int) -> list[int]:
-    readonly = flags & abi.GNTMAP_readonly
-    increments = []
-    if flags & abi.GNTMAP_device_map:
-        increments.append(GNTPIN_devr_inc if readonly else GNTPIN_devw_inc)
-    if flags & abi.GNTMAP_host_map:
-        increments.append(GNTPIN_hstr_inc if readonly else GNTPIN_hstw_inc)
-    return increments
+def _increments(flags: int) -> tuple[int, ...]:
+    """What a mapping counts in a grant's pin, for devices and for CPUs."""
+    return INCREMENTS[flags & 7]
+
+
+INCREMENTS: Final = [
+    tuple(
+        increment
+        for kind, increment in (
+            (abi.GNTMAP_device_map, GNTPIN_devr_inc if flags & abi.GNTMAP_readonly else GNTPIN_devw_inc),
+            (abi.GNTMAP_host_map, GNTPIN_hstr_inc if flags & abi.GNTMAP_readonly else GNTPIN_hstw_inc),
+        )
+        if flags & kind
+    )
+    for flags in range(8)
+]
 
 
 def map_grant(
