@@ -113,6 +113,7 @@ class Console:
         (tmp_path / "osrelease").write_text("6.1.0-test\n")
         script = INIT.replace("/pvirq/busybox", str(applets)).replace("/pvirq/", f"{tmp_path}/")
         script = script.replace("/proc/sys/kernel/", f"{tmp_path}/").replace("/etc/rc", f"{tmp_path}/rc")
+        script = script.replace("/sys/devices/", f"{tmp_path}/")
         self.log = tmp_path / "log"
         (tmp_path / "init.sh").write_text(script)
         self.output = b""
