@@ -182,6 +182,7 @@ class PvGuest:
             if self.assists & 1 << VMASST_TYPE_m2p_strict:
                 self.domain.machine.u64[(mfn << 9) + M2P_SLOT] = 0
         cpu.user_root = mfn
+        cpu.engine.forget_space()
         if old:
             self.tables.put_type(old)
 
