@@ -247,12 +247,12 @@ class UnicornEngine:
             self._enter_user_mode()
 
     def switch_space(self, value: int, other: bool) -> None:
-        # At CPL 3 the CPU uses its second MMU index only. The first one's TLB is a place where translations of the other
-        # address space can stay: exchanged with the second's, and otherwise left to QEMU, which flushes pages, spaces
-        # and the marks of pages with code in all of them alike. Code is found by its address and the CPU's flags, so
-        # the two spaces differ in a flag. Only when code has been translated since the last switch nothing may stay:
-        # Unicorn has stores to its page noticed where they go by the address it was fetched from, and in the other
-        # space it may have another one.
+        # At CPL 3 the CPU uses its second MMU index only. The first one's TLB is a place where translations of the
+        # other address space can stay: exchanged with the second's, and otherwise left to QEMU, which flushes pages
+        # and spaces in all of them alike. Code is found by its address and the CPU's flags, so the two spaces differ
+        # in a flag. When code has been translated since the last switch, nothing may stay: Unicorn has stores to its
+        # page noticed where they go by the address that it was fetched from, and in the other space it may have
+        # another one.
         aside, used, aside_fast, used_fast = self._tlb_aside, self._tlb_used, self._tlb_aside_fast, self._tlb_used_fast
         descriptor, fast = bytes(aside), bytes(aside_fast)
         aside[:], aside_fast[:] = used, used_fast
