@@ -31,6 +31,7 @@ from enginelib import (
     RW,
     STACK,
     SYSCALL,
+    TABLES_PA,
     USER,
     Bench,
 )
@@ -287,6 +288,106 @@ def test_translations_are_kept_until_flushed(bench: Bench, flush: str) -> None:
     bench.map(va, DATA_PA + 0x8000, 0)
     bench.engine.flush_page(va)
     assert bench.run(load, rdi=va)[0][1] == TRAP_PF
+
+
+def second_space(bench: Bench) -> tuple[int, int]:
+    """A copy of the page tables; its root, and where its level-1 entries for DATA begin, in 64-bit items."""
+    pa = DATA_PA + 0x100000
+    tables = [TABLES_PA]
+    for shift in (39, 30, 21):
+        tables.append(bench.u64[tables[-1] // 8 + (DATA >> shift & 511)] & ~0xFFF)
+    for i, table in enumerate(tables):
+        bench.memory[pa + i * 0x1000 : pa + (i + 1) * 0x1000] = bytes(bench.memory[table : table + 0x1000])
+    for i, shift in enumerate((39, 30, 21)):
+        bench.u64[(pa + i * 0x1000) // 8 + (DATA >> shift & 511)] = pa + (i + 1) * 0x1000 | ALL
+    return pa, (pa + 0x3000) // 8
+
+
+@pytest.mark.parametrize("flush", ["flush_tlb", "flush_page", "cr3", "forget_space", "save"])
+def test_two_spaces_keep_their_translations(bench: Bench, flush: str) -> None:
+    load, va = b"\x8a\x07" + SYSCALL, DATA + 0x7000  # mov al, [rdi]
+    other, entries = second_space(bench)
+    for i in range(4):
+        bench.memory[DATA_PA + 0x7000 + i * 0x1000] = i + 1
+
+    def map_both(first: int) -> None:
+        bench.map(va, DATA_PA + 0x7000 + first * 0x1000, DATA_FLAGS)
+        bench.u64[entries + (va >> 12 & 511)] = DATA_PA + 0x8000 + first * 0x1000 | DATA_FLAGS
+
+    def loaded(root: int) -> int:
+        if bench.engine.cr3 != root:
+            bench.engine.switch_space(root, root == other)
+        bench.run(rip=CODE, rdi=va)
+        return bench.regs[RAX] & 0xFF
+
+    bench.put(load)
+    map_both(0)
+    loaded(TABLES_PA), loaded(other)  # has the code translated in both: with that, translations are dropped
+    assert [loaded(root) for root in (TABLES_PA, other, TABLES_PA)] == [1, 2, 1]
+    map_both(2)
+    assert [loaded(root) for root in (other, TABLES_PA)] == [2, 1]
+    if flush == "flush_tlb":
+        bench.engine.flush_tlb()
+    elif flush == "flush_page":
+        bench.engine.flush_page(va)
+    elif flush == "cr3":
+        bench.engine.cr3 = bench.engine.cr3
+    elif flush == "save":
+        bench.engine.restore(bench.engine.save())
+    else:
+        assert loaded(TABLES_PA) == 1
+        bench.engine.forget_space()
+    assert [loaded(root) for root in (other, TABLES_PA)] == [4, 3]
+
+
+def test_two_spaces_keep_their_code(bench: Bench) -> None:
+    """The same address, other code behind it; and a jump to where only one of them has any."""
+    other, entries = second_space(bench)
+    at = DATA + 0x3000
+    for pa, value in ((DATA_PA + 0x3000, 1), (DATA_PA + 0x4000, 2)):
+        bench.memory[pa : pa + 4] = b"\xb0" + bytes([value]) + SYSCALL  # mov al, value
+        bench.engine.invalidate_code(pa, 4)
+    bench.map(at, DATA_PA + 0x3000)
+    bench.map(at + 0x1000, DATA_PA + 0x3000)
+    bench.u64[entries + (at >> 12 & 511)] = DATA_PA + 0x4000 | ALL
+    bench.u64[entries + (at >> 12 & 511) + 1] = 0
+    for root, value in [(TABLES_PA, 1), (other, 2)] * 3:
+        if bench.engine.cr3 != root:
+            bench.engine.switch_space(root, root == other)
+        bench.regs[RIP] = at
+        assert bench.run()[0][0] == "syscall"
+        assert bench.regs[RAX] & 0xFF == value
+        bench.regs[RIP] = at + 0x1000
+        assert bench.run()[0][:2] == (("syscall", at + 0x1004) if root == TABLES_PA else ("exception", TRAP_PF))
+    # Code that is changed is changed in both.
+    bench.u64[entries + (at >> 12 & 511)] = DATA_PA + 0x3000 | ALL
+    bench.engine.flush_tlb()
+    for value in (5, 6):
+        bench.memory[DATA_PA + 0x3001] = value
+        bench.engine.invalidate_code(DATA_PA + 0x3000, 4)
+        for root in (TABLES_PA, other):
+            if bench.engine.cr3 != root:
+                bench.engine.switch_space(root, root == other)
+            bench.regs[RIP] = at
+            bench.run()
+            assert bench.regs[RAX] & 0xFF == value
+
+
+def test_code_is_written_in_one_space_and_run_in_the_other(bench: Bench) -> None:
+    """At different addresses, as a kernel loads a program's page; again and again, without a flush in between."""
+    other, entries = second_space(bench)
+    write, at = DATA + 0x3000, DATA + 0x9000
+    bench.memory[DATA_PA + 0x3000 : DATA_PA + 0x3004] = b"\xb0\x00" + SYSCALL  # mov al, 0
+    bench.u64[entries + (at >> 12 & 511)] = DATA_PA + 0x3000 | ALL
+    bench.put(b"\x40\x88\x37" + SYSCALL)  # mov [rdi], sil
+    for value in range(1, 8):
+        if bench.engine.cr3 != TABLES_PA:
+            bench.engine.switch_space(TABLES_PA, False)
+        bench.run(rip=CODE, rdi=write + 1, rsi=value)
+        bench.engine.switch_space(other, True)
+        for _ in range(value):
+            bench.run(rip=at)
+            assert bench.regs[RAX] & 0xFF == value
 
 
 def test_code_that_the_guest_patches_itself(bench: Bench) -> None:

@@ -54,6 +54,17 @@ def test_links_are_made_at_boot_where_the_shell_needs_them(busybox: Path) -> Non
     assert contents(initrd.default_initrd(busybox))["pvirq/links"].data == b"interactive\n"
 
 
+def test_poweroff_and_reboot_need_no_init_system(busybox: Path) -> None:
+    entries = contents(initrd.default_initrd(busybox))
+    for end in ("halt", "poweroff", "reboot"):
+        assert entries[f"bin/{end}"].data == f"#!/pvirq/busybox sh\nexec /pvirq/busybox {end} -f\n".encode()
+        assert stat.S_IMODE(entries[f"bin/{end}"].mode) == 0o755
+        assert f"alias {end}='/pvirq/busybox {end} -f'\n".encode() in entries["pvirq/shrc"].data
+    assert entries["pvirq/poweroff"].data == entries["bin/poweroff"].data
+    # The user's own come first.
+    assert contents(initrd.default_initrd(busybox, {"bin/reboot": b"#!mine"}))["bin/reboot"].data == b"#!mine"
+
+
 def test_files(busybox: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
@@ -113,6 +124,7 @@ class Console:
         (tmp_path / "osrelease").write_text("6.1.0-test\n")
         script = INIT.replace("/pvirq/busybox", str(applets)).replace("/pvirq/", f"{tmp_path}/")
         script = script.replace("/proc/sys/kernel/", f"{tmp_path}/").replace("/etc/rc", f"{tmp_path}/rc")
+        script = script.replace("/sys/devices/", f"{tmp_path}/")
         self.log = tmp_path / "log"
         (tmp_path / "init.sh").write_text(script)
         self.output = b""

@@ -1,4 +1,4 @@
-"""Debian's own Xen clients in real guests: xenstore-ls and others, programs on libxenevtchn, libxengnttab, libxencall.
+"""Debian's own Xen clients in real guests: xenstore-ls and its like, users of libxenevtchn, libxengnttab, libxencall.
 
 They come to Xen by /dev/xen/xenbus, /dev/xen/evtchn, /dev/xen/gntalloc, /dev/xen/gntdev and /proc/xen/privcmd.
 """

@@ -93,6 +93,17 @@ class Engine(Protocol):
         """The address of the last page fault."""
         ...
 
+    def switch_space(self, value: int, other: bool) -> None:
+        """Set CR3 on the way between a guest's two address spaces, its kernel's and (`other`) its user's.
+
+        Translations of the one that is left may stay until it is come back to, or until a flush; see `forget_space`.
+        """
+        ...
+
+    def forget_space(self) -> None:
+        """The address space that isn't in use may have changed: its translations must not be used again."""
+        ...
+
     def swap_gs_base(self, value: int) -> int:
         """Set the GS base and return the one before."""
         ...

@@ -40,6 +40,8 @@ MSR_TSC_AUX: Final = 0xC0000103
 EFER: Final = 0xD01  # NXE LMA LME SCE
 
 HF_CPL: Final = 3
+# "BND registers in use": without MPX it means nothing, but code translated with it is told apart from code without.
+HF_OTHER_SPACE: Final = 1 << 26
 HF_CS32, HF_SS32, HF_ADDSEG, HF_CS64 = 1 << 4, 1 << 5, 1 << 6, 1 << 15
 HF_MODE: Final = HF_CS32 | HF_SS32 | HF_ADDSEG | HF_CS64
 HF_LONG_MODE: Final = HF_CS32 | HF_SS32 | HF_CS64
@@ -98,6 +100,11 @@ class UnicornEngine:
         self._tlb_flush, self._tlb_flush_page = state.tlb_flush, state.tlb_flush_page
         self._update_cr3 = state.update_cr3
         self._reg_read = state.reg_read
+        self._tlb_dirty = state.tlb_dirty
+        (self._tlb_aside, self._tlb_aside_fast), (self._tlb_used, self._tlb_used_fast) = state.tlb_index[:2]
+        self._cr3_aside = 0  # whose translations the TLB set aside holds
+        self._code_pointer = state.code_pointer
+        self._code_seen = 0  # the code pointer at the last switch
         # Read now: it takes running an instruction, which is only possible while there is no guest.
         self._native_cpuid = {
             (leaf, subleaf): state.cpuid(leaf, subleaf)
@@ -245,6 +252,31 @@ class UnicornEngine:
         self._update_cr3(self._env, value)
         if not self._paging:
             self._enter_user_mode()
+
+    def switch_space(self, value: int, other: bool) -> None:
+        # At CPL 3 the CPU uses its second MMU index only. The first one's TLB is a place where translations of the
+        # other address space can stay: exchanged with the second's, and otherwise left to QEMU, which flushes pages
+        # and spaces in all of them alike. Code is found by its address and the CPU's flags, so the two spaces differ
+        # in a flag. When code has been translated since the last switch, nothing may stay: Unicorn has stores to its
+        # page noticed where they go by the address that it was fetched from, and in the other space it may have
+        # another one.
+        aside, used, aside_fast, used_fast = self._tlb_aside, self._tlb_used, self._tlb_aside_fast, self._tlb_used_fast
+        descriptor, fast = bytes(aside), bytes(aside_fast)
+        aside[:], aside_fast[:] = used, used_fast
+        used[:], used_fast[:] = descriptor, fast
+        self._tlb_dirty[0] |= 3  # or a flush would pass the first by
+        u32, u64 = self._u32, self._u64
+        u32[HFLAGS] = u32[HFLAGS] & ~HF_OTHER_SPACE | (HF_OTHER_SPACE if other else 0)
+        old = u64[layout.CR3 // 8]
+        code = self._code_pointer[0]
+        if self._cr3_aside == value and self._code_seen == code:
+            u64[layout.CR3 // 8] = value
+        else:
+            self._update_cr3(self._env, value)
+        self._cr3_aside, self._code_seen = old, code
+
+    def forget_space(self) -> None:
+        self._cr3_aside = 0
 
     def _enter_user_mode(self) -> None:
         self._paging = True

@@ -33,6 +33,18 @@ CR2, CR3, CR4 = CR0 + 16, CR0 + 24, CR0 + 32
 # In struct CPUState the pointer to its class, and in that the function called when the CPU loop is left.
 _CPU_CLASS, _CPU_EXEC_EXIT = 0x81B0, 0x88
 
+# The TLB lies in front of the CPU's state: {u16 dirty ...; 24 bytes of counts}, then for each of the three MMU indexes
+# its descriptor, then for each {u64 mask; pointer to the entries}. Entries are of 64 bytes.
+TLB_INDEXES = 3
+TLB_DESCRIPTOR = 696
+TLB_FAST = -64
+TLB_DESCRIPTORS = TLB_FAST - 8 - TLB_INDEXES * TLB_DESCRIPTOR
+TLB_DIRTY = TLB_DESCRIPTORS - 32
+_TLB_ENTRY = 64
+
+# In struct uc_struct the pointer to the TCGContext, and in that where the next translation goes.
+_TCG_CONTEXT, _CODE_GEN_PTR = 0x300, 0xC0
+
 _PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
 
 
@@ -58,6 +70,8 @@ class CpuState:
         self._install_stop()
         self._find_exception_fields()
         self._find_tsc_offset()
+        self._find_tlb()
+        self._find_code_pointer()
         self._check()
 
     # -- finding things ----------------------------------------------------------------------------------------
@@ -210,6 +224,46 @@ class CpuState:
         if abs(ahead - (1 << 60)) > 1 << 40:
             raise self._surprise("TSC offset not found")
 
+    def _find_tlb(self) -> None:
+        # `tlb_index[i]` are the two parts of an MMU index's TLB, `tlb_dirty` says of which of them there are entries.
+        before = (ctypes.c_uint8 * -TLB_DIRTY).from_address(self.env + TLB_DIRTY)
+        tlb = memoryview(before).cast("B")
+        at, fast = TLB_DESCRIPTORS - TLB_DIRTY, TLB_FAST - TLB_DIRTY
+        self.tlb_dirty = tlb[:8].cast("H")
+        self.tlb_index = [
+            (tlb[at + i * TLB_DESCRIPTOR : at + (i + 1) * TLB_DESCRIPTOR], tlb[fast + i * 16 : fast + (i + 1) * 16])
+            for i in range(TLB_INDEXES)
+        ]
+        self._tlb_views = [tlb, *(part for parts in self.tlb_index for part in parts)]
+        self.tlb_flush(self.cpu)
+        clean = self.tlb_dirty[0]
+        self._snippet(b"\x48\x8b\x01", rcx=_PROBE_PAGE)  # mov rax, [rcx]
+        counts = [struct.unpack_from("<Q", descriptor, 32)[0] for descriptor, _ in self.tlb_index]
+        used = [i for i in range(TLB_INDEXES) if counts[i]]
+        for _, pair in self.tlb_index:
+            mask, table = struct.unpack("<QQ", pair)
+            if mask % _TLB_ENTRY or (mask + _TLB_ENTRY) & mask or not table:
+                raise self._surprise("TLB not found")
+        if clean or len(used) != 1 or self.tlb_dirty[0] != 1 << used[0]:
+            raise self._surprise("TLB not found")
+
+    def _find_code_pointer(self) -> None:
+        # It moves with each translation.
+        assert self.handle.value is not None
+        context = ctypes.c_uint64.from_address(self.handle.value + _TCG_CONTEXT).value
+        with open("/proc/self/mem", "rb", buffering=0) as mem:
+            try:
+                os.pread(mem.fileno(), 8, context + _CODE_GEN_PTR)
+            except (OSError, OverflowError):
+                raise self._surprise("no TCG context") from None
+        self._code_pointer = ctypes.c_uint64.from_address(context + _CODE_GEN_PTR)
+        self.code_pointer = memoryview(self._code_pointer).cast("B").cast("Q")
+        for _ in range(2):
+            before = self.code_pointer[0]
+            self._snippet(b"\x48\xff\xc0")  # inc rax
+            if not 0 < self.code_pointer[0] - before < 0x1000:
+                raise self._surprise("translations go elsewhere")
+
     def _check(self) -> None:
         """The fields taken from the header alone: each must change where the API changes it."""
         uc, u64 = self._uc, self.u64
@@ -283,7 +337,7 @@ class CpuState:
 
     def release(self) -> None:
         """Free the instance; nothing here may be used afterwards."""
-        for view in (self.u32, self.u64, self.bytes):
+        for view in (self.code_pointer, self.tlb_dirty, *self._tlb_views, self.u32, self.u64, self.bytes):
             view.release()
         vars(self._uc)["_Uc__finalizer"]()  # uc_close, without waiting for the cycles that its hooks make
 

@@ -28,6 +28,7 @@ from pvirq.xen.memory import PGT_L4, PGT_WRITABLE
 M2P_LARGE_PAGE: Final = 0x1 | USER | ACCESSED | DIRTY | PSE  # read-only for the guest
 M2P_TABLE: Final = 0x1 | USER | ACCESSED
 PERDOMAIN_SLOT: Final = 260
+_pack_runstate: Final = struct.Struct(vcpu_abi.RUNSTATE_INFO).pack
 M2P_SLOT: Final = (HYPERVISOR_VIRT_START >> 39) & 511
 
 
@@ -181,6 +182,7 @@ class PvGuest:
             if self.assists & 1 << VMASST_TYPE_m2p_strict:
                 self.domain.machine.u64[(mfn << 9) + M2P_SLOT] = 0
         cpu.user_root = mfn
+        cpu.engine.forget_space()
         if old:
             self.tables.put_type(old)
 
@@ -196,7 +198,7 @@ class PvGuest:
         now = self.domain.hypervisor.clock.now()
         times = list(cpu.runstate_times)
         times[cpu.runstate] += now - cpu.runstate_since
-        return struct.pack(vcpu_abi.RUNSTATE_INFO, cpu.runstate, cpu.runstate_since, *times)
+        return _pack_runstate(cpu.runstate, cpu.runstate_since, *times)
 
     def woken(self, vcpu: Vcpu) -> None:
         """The vCPU may have become runnable, which shows before it runs (vcpu_wake)."""
@@ -212,7 +214,8 @@ class PvGuest:
     def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
         self._note_runstate(cpu, state)
         if cpu.runstate_area:
-            cpu.update_runstate_area(self.runstate(cpu))
+            # The times are up to now: no need to look at the clock once more, twice a turn.
+            cpu.update_runstate_area(_pack_runstate(state, cpu.runstate_since, *cpu.runstate_times))
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -174,9 +174,7 @@ class PvVcpu(GuestMemory):
         self.inactive_gs_base = engine.swap_gs_base(self.inactive_gs_base)
         root = self.user_root if self.user_mode else self.kernel_root
         self._walk_root = root << 9
-        engine.cr3 = root << 12
-        if self.tables.stale:
-            self.tables.stale.clear()
+        engine.switch_space(root << 12, self.user_mode)
 
     # -- entering the guest kernel -------------------------------------------------------------------------------------
 

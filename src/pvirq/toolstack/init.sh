@@ -45,6 +45,11 @@ if [ -f /pvirq/modules ]; then
 	done < /pvirq/modules
 fi
 
+# A vCPU that the toolstack gives the guest back is there, but offline until somebody asks for it: udev elsewhere.
+if read -r cpus 2> /dev/null < /sys/devices/system/cpu/possible && [ "$cpus" != 0 ]; then
+	$bb uevent $bb sh /pvirq/hotplug > /dev/null 2>&1 < /dev/null &
+fi
+
 # The user's shell if the initrd has one, so that its own commands are found and not busybox's.
 if [ -x /bin/sh ]; then
 	sh=/bin/sh

@@ -37,6 +37,12 @@ _LINKS: Final = ("ash", "awk", "busybox", "env", "sed", "sh")
 _ENDS: Final = ("halt", "poweroff", "reboot")
 # Where builds of busybox look for the script of udhcpc (CONFIG_UDHCPC_DEFAULT_SCRIPT): Debian's, others.
 _UDHCPC: Final = ("etc/udhcpc", "usr/share/udhcpc")
+# Run for each event of the kernel's (uevent).
+_HOTPLUG: Final = b"""\
+if [ "$ACTION $SUBSYSTEM" = "add cpu" ]; then
+	echo 1 > "/sys$DEVPATH/online"
+fi
+"""
 # What a busybox says of itself if its shell runs applets without looking for a file
 # (CONFIG_FEATURE_SH_STANDALONE).
 _STANDALONE: Final = b"configured to run built-in utilities"
@@ -123,6 +129,7 @@ def _add_base(archive: cpio.Writer, busybox: bytes, modules: Sequence[tuple[str,
     archive.file("pvirq/busybox", busybox, 0o755)
     archive.file("pvirq/fstab", _FSTAB)
     archive.file("pvirq/poweroff", _end_script("poweroff"), 0o755)
+    archive.file("pvirq/hotplug", _HOTPLUG)
     archive.file("pvirq/shrc", "".join(f"alias {end}='/pvirq/busybox {end} -f'\n" for end in _ENDS).encode())
     paths = []
     for name, content in modules:
