@@ -47,8 +47,12 @@ class _Claim:
         if self._table is not None:
             self._table.release(self._ref, self._increment)
 
-    def holds(self, offset: int, length: int) -> bool:
-        return self.start <= offset and offset + length <= self.start + self.length
+    def check(self, offset: int, length: int) -> None:
+        """GrantError where that isn't within the page, or what is granted of it."""
+        if offset + length > PAGE_SIZE:
+            raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
+        if offset < self.start or offset + length > self.start + self.length:
+            raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
 
 
 def _table(domain: Domain) -> GrantTable:
@@ -74,16 +78,13 @@ def read(user: Domain, domid: int, ref: int, offset: int, length: int) -> bytes:
     owner = _granter(user, domid)
     table = owner.grant_table
     assert table is not None
-    if offset + length > PAGE_SIZE:
-        raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
     mfn = table.peek(ref, user.domid, readonly=True)
-    if mfn is not None:
+    if mfn is not None and offset + length <= PAGE_SIZE:
         at = (mfn << PAGE_SHIFT) + offset
         return bytes(user.machine.mem[at : at + length])
     claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstr_inc)
     try:
-        if not claim.holds(offset, length):
-            raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
+        claim.check(offset, length)
         at = (claim.mfn << PAGE_SHIFT) + offset
         return bytes(user.machine.mem[at : at + length])
     finally:
@@ -95,18 +96,15 @@ def write(user: Domain, domid: int, ref: int, offset: int, data: bytes) -> None:
     owner = _granter(user, domid)
     table = owner.grant_table
     assert table is not None
-    if offset + len(data) > PAGE_SIZE:
-        raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
     mfn = table.peek(ref, user.domid, readonly=False)
-    if mfn is not None:
+    if mfn is not None and offset + len(data) <= PAGE_SIZE:
         _check_writable(user.machine, mfn)
         _store(user, mfn, offset, data)
         return
     claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstw_inc)
     try:
         _check_writable(user.machine, claim.mfn)
-        if not claim.holds(offset, len(data)):
-            raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
+        claim.check(offset, len(data))
         _store(user, claim.mfn, offset, data)
     finally:
         claim.release()
@@ -147,8 +145,8 @@ def copy(user: Domain, source: Side, dest: Side, length: int) -> None:
             _check_writable(machine, to.mfn)
             if max(source.offset, dest.offset) + length > PAGE_SIZE:
                 raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
-            if not from_.holds(source.offset, length) or not to.holds(dest.offset, length):
-                raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
+            from_.check(source.offset, length)
+            to.check(dest.offset, length)
             at = (from_.mfn << PAGE_SHIFT) + source.offset
             _store(user, to.mfn, dest.offset, bytes(machine.mem[at : at + length]))
         finally:
