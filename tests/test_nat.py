@@ -17,7 +17,7 @@ import pvirq
 from netlib import MAC, Port
 from pvirq.abi.errno import XenError
 from pvirq.drivers.bridge import Network
-from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum
+from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum, complete
 from pvirq.net import dhcp, nat, packets, slirp
 from pvirq.net.nat import Nat
 from pvirq.net.outside import OutsideError
@@ -61,7 +61,7 @@ class Net(Port):
         """Poll until such a packet has come for the guest."""
         for _ in range(500):
             while self.got:
-                data = self.got.pop(0).data
+                data = complete(self.got.pop(0))
                 packet = packets.read_ipv4(data) if data[12:14] == b"\x08\x00" else None
                 if packet is not None and until(packet):
                     return packet

@@ -17,6 +17,7 @@ from pvirq.drivers.bridge import Interface, Network
 from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, complete
 from pvirq.net import dhcp, dns, packets
 from pvirq.net.dhcp import DhcpServer
+from pvirq.net.gro import coalesce
 from pvirq.net.outside import OutsideError
 from pvirq.net.packets import BROADCAST, ETH_P_ARP, ICMP, IP_BROADCAST, Ipv4
 from pvirq.net.slirp import Slirp
@@ -236,8 +237,8 @@ class Nat(Interface):
         out = slirp.out
         if out:
             self._last_frame = now
-        for _ in range(len(out)):
-            self.receive(Skb(out.popleft(), data_validated=True))
+        for skb in coalesce([out.popleft() for _ in range(len(out))]):
+            self.receive(skb)
 
     def close(self) -> None:
         """Close all connections and ports, and leave the bridge."""
