@@ -213,6 +213,33 @@ def test_nothing_beyond_unless_it_is_wanted(server: socket.socket) -> None:
 
 
 @needs_slirp
+def test_a_guest_can_not_use_up_our_descriptors(net: Net, server: socket.socket) -> None:
+    for i in range(nat.MAX_SOCKETS + 50):
+        net.udp(GATEWAY, 9, b"x", 10_000 + i)
+    assert len(net.nat._slirp.sockets) == len(net.nat._slirp.events) == nat.MAX_SOCKETS
+    tcp = Tcp(net, port_of(server))
+    tcp.send(SYN)
+    tcp.expect(RST)
+
+
+@needs_slirp
+def test_malformed_segments_do_not_reach_the_stack(net: Net) -> None:
+    good = struct.pack(">HHIIBBHHH", 5000, 80, 1, 0, 0x50, SYN, 100, 0, 0)
+    datagram = packets.udp(GUEST, 5000, GATEWAY, 80, b"abc")
+    for protocol, body in (
+        (TCP, good[:19]), (TCP, good[:12] + b"\x40" + good[13:]), (TCP, good[:12] + b"\xf0" + good[13:]), (47, good),
+        (UDP, datagram[:7]), (UDP, datagram[:4] + b"\0\x07" + datagram[6:]), (1, b"\x08\0"), (1, bytes(8)),
+        (UDP, datagram[:4] + b"\0\xff" + datagram[6:]),
+    ):  # fmt: skip
+        packet = packets.read_ipv4(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, protocol, body)))
+        assert packet is not None
+        assert not net.nat._allowed(packet)
+    packet = packets.read_ipv4(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, TCP, good)))
+    assert packet is not None
+    assert net.nat._allowed(packet)
+
+
+@needs_slirp
 def test_udp(net: Net) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as real:
         real.bind(("127.0.0.1", 0))
@@ -318,7 +345,10 @@ def test_another_address(net: Net) -> None:
 
 
 @needs_slirp
-def test_a_closed_one_is_quiet(net: Net) -> None:
+def test_a_closed_one_is_quiet(net: Net, server: socket.socket) -> None:
+    Tcp(net, port_of(server)).connect()
+    net.nat.forward("10.0.2.15", 80)
+    assert net.nat.awaited
     net.nat.close()
     net.receive(Skb(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, 1, packets.icmp(8, 0, bytes(8))))))
     net.nat.poll(ready=True)

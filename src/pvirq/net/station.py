@@ -19,7 +19,8 @@ from pvirq.xen.timer import Clock, Timer
 
 LATENCY_NS: Final = 50_000  # between a frame and the station's answer
 QUEUE: Final = 1024  # frames on their way out; more are lost
-KEPT: Final = 4096  # of the frames that came in
+KEPT: Final = 1024  # of the frames that came in
+FRAME_MAX: Final = 9018  # a card takes no larger ones
 NEIGHBOURS: Final = 1024  # whose Ethernet address is known, or asked for
 PENDING: Final = 16  # frames that wait for one such address
 
@@ -153,6 +154,8 @@ class Station(Interface):
         if len(data) < ETH_HLEN or (data[:6] != self.mac and not data[0] & 1):
             return
         for frame in finish(skb):
+            if len(frame) > FRAME_MAX:
+                continue
             self.frames.append(frame)
             if self.on_frame is not None:
                 self.on_frame(frame)
