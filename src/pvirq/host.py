@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import VIRQ_DOM_EXC
@@ -27,10 +27,7 @@ from pvirq.linux.kernel import Kernel
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import Personality, StartInfo
 from pvirq.modelled import ModelledGuest
-from pvirq.net.nat import Nat
-from pvirq.net.outside import Outside
-from pvirq.net.station import Station
-from pvirq.net.tap import Tap
+from pvirq.net.outside import Outside, Outsider
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
@@ -42,6 +39,11 @@ from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
+
+if TYPE_CHECKING:
+    from pvirq.net.nat import Nat
+    from pvirq.net.station import Station
+    from pvirq.net.tap import Tap
 
 MIB: Final = 1 << 20
 DEFAULT_MEMORY: Final = 256 * MIB
@@ -190,69 +192,6 @@ class Host:
         self.backends.manager.attach_nic(domid, Nic(devid, mac, bridge))
         return DeviceRef(domid, "vif", devid)
 
-    # -- the ends of the network that are no domains -------------------------------------------------------------------
-
-    def add_bridge(self, name: str = "xenbr0") -> Bridge:
-        """Make a bridge in domain 0 (brctl addbr). XenError(EEXIST)."""
-        return self.backends.network.add_bridge(name)
-
-    def station(
-        self, address: str = "10.0.0.1/24", *, bridge: str = "xenbr0", name: str = "", mac: str = "",
-        dhcp: bool = True, gateway: str | None = None, names: Mapping[str, str] | None = None, domain: str = "",
-    ) -> Station:  # fmt: skip
-        """Put a station on a bridge, which is made if it isn't there; its options are `Station`'s.
-
-        ValueError, XenError(EEXIST) for a `name` that another interface has.
-        """
-        station = Station(
-            name or self._interface_name("station"), self.clock, address,
-            mac=mac, dhcp_server=dhcp, gateway=gateway, names=names, domain=domain,
-        )  # fmt: skip
-        self._put_on(bridge, station)
-        return station
-
-    def nat(
-        self, address: str = "10.0.2.2/24", *, bridge: str = "xenbr0", name: str = "", dhcp: bool = True,
-        services: Collection[int] | None = None, outbound: bool = False,
-    ) -> Nat:  # fmt: skip
-        """Put a gateway to the real loopback on a bridge, which is made if it isn't there; its options are `Nat`'s.
-
-        One bridge needs but one DHCP server. OutsideError without libslirp, ValueError, XenError(EEXIST).
-        """
-        name = name or self._interface_name("nat")
-        nat = Nat(
-            name, self.backends.network, self.clock.now, address,
-            dhcp_server=dhcp, services=services, outbound=outbound,
-        )  # fmt: skip
-        self._put_on(bridge, nat)
-        self.outside.add(nat)
-        return nat
-
-    def tap(self, name: str = "", *, bridge: str = "xenbr0") -> Tap:
-        """Put a tap device of the real machine on a bridge, which is made if it isn't there.
-
-        "" lets the kernel choose a name. OutsideError where it isn't permitted, ValueError, XenError(EEXIST).
-        """
-        tap = Tap(name, self.backends.network)
-        self._put_on(bridge, tap)
-        self.outside.add(tap)
-        return tap
-
-    def _interface_name(self, kind: str) -> str:
-        interfaces = self.backends.network.interfaces
-        return next(name for i in range(len(interfaces) + 1) if (name := f"{kind}{i}") not in interfaces)
-
-    def _put_on(self, bridge: str, interface: Interface) -> None:
-        network = self.backends.network
-        if bridge not in network.bridges:
-            network.add_bridge(bridge)
-        try:
-            network.add(interface, bridge)
-        except XenError:
-            if isinstance(interface, Nat | Tap):
-                interface.close()
-            raise
-
     def pause(self, guest: Guest | ModelledGuest) -> None:
         """Let a guest's vCPUs run no more until `unpause` (xl pause). Its events and timers go on."""
         guest.domain.paused = True
@@ -297,6 +236,74 @@ class Host:
         self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not guest.domain}
         self.hypervisor.destroy_domain(guest.domain)
         evtchn.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
+    # -- the ends of the network that are no domains -------------------------------------------------------------------
+
+    def add_bridge(self, name: str = "xenbr0") -> Bridge:
+        """Make a bridge in domain 0 (brctl addbr). XenError(EEXIST)."""
+        return self.backends.network.add_bridge(name)
+
+    def station(
+        self, address: str = "10.0.0.1/24", *, bridge: str = "xenbr0", name: str = "", mac: str = "",
+        dhcp: bool = True, gateway: str | None = None, names: Mapping[str, str] | None = None, domain: str = "",
+    ) -> Station:  # fmt: skip
+        """Put a station on a bridge, which is made if it isn't there; its options are `Station`'s.
+
+        ValueError, XenError(EEXIST) for a `name` that another interface has.
+        """
+        from pvirq.net.station import Station  # here and below: not every host has one
+
+        station = Station(
+            name or self._interface_name("station"), self.clock, address,
+            mac=mac, dhcp_server=dhcp, gateway=gateway, names=names, domain=domain,
+        )  # fmt: skip
+        self._put_on(bridge, station)
+        return station
+
+    def nat(
+        self, address: str = "10.0.2.2/24", *, bridge: str = "xenbr0", name: str = "", dhcp: bool = True,
+        services: Collection[int] | None = None, outbound: bool = False,
+    ) -> Nat:  # fmt: skip
+        """Put a gateway to the real loopback on a bridge, which is made if it isn't there; its options are `Nat`'s.
+
+        One bridge needs but one DHCP server. OutsideError without libslirp, ValueError, XenError(EEXIST).
+        """
+        from pvirq.net.nat import Nat
+
+        nat = Nat(
+            name or self._interface_name("nat"), self.backends.network, self.clock.now, address,
+            dhcp_server=dhcp, services=services, outbound=outbound,
+        )  # fmt: skip
+        self._put_on(bridge, nat, nat)
+        return nat
+
+    def tap(self, name: str = "", *, bridge: str = "xenbr0") -> Tap:
+        """Put a tap device of the real machine on a bridge, which is made if it isn't there.
+
+        "" lets the kernel choose a name. OutsideError where it isn't permitted, ValueError, XenError(EEXIST).
+        """
+        from pvirq.net.tap import Tap
+
+        tap = Tap(name, self.backends.network)
+        self._put_on(bridge, tap, tap)
+        return tap
+
+    def _interface_name(self, kind: str) -> str:
+        interfaces = self.backends.network.interfaces
+        return next(name for i in range(len(interfaces) + 1) if (name := f"{kind}{i}") not in interfaces)
+
+    def _put_on(self, bridge: str, interface: Interface, outsider: Outsider | None = None) -> None:
+        network = self.backends.network
+        if bridge not in network.bridges:
+            network.add_bridge(bridge)
+        try:
+            network.add(interface, bridge)
+        except XenError:
+            if outsider is not None:
+                outsider.close()
+            raise
+        if outsider is not None:
+            self.outside.add(outsider)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
