@@ -22,6 +22,7 @@ from pvirq.net import dhcp, nat, packets, slirp
 from pvirq.net.nat import Nat
 from pvirq.net.outside import OutsideError
 from pvirq.net.packets import BROADCAST, Ipv4, ethernet, ipv4
+from pvirq.net.station import Station
 from pvirq.xen.timer import Clock
 
 GUEST = IPv4Address("10.0.2.15").packed
@@ -366,6 +367,29 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
             host.nat()
         assert not host.outside
     slirp.load.cache_clear()
+
+
+@needs_slirp
+def test_beside_a_station() -> None:
+    """One bridge with both: the station hands out addresses, and tells of the gateway."""
+    net = Net(dhcp_server=False)
+    station = Station("station0", net.clock, "10.0.2.1/24", gateway="10.0.2.2")
+    net.net.add(station)
+    discover = dhcp.Message(dhcp.BOOTREQUEST, 5, MAC, options={dhcp.MESSAGE_TYPE: b"\1"})
+    segment = packets.udp(bytes(4), 68, b"\xff" * 4, 67, discover.pack())
+    net.got.clear()
+    net.receive(Skb(ethernet(BROADCAST, MAC, ETH_P_IP, ipv4(bytes(4), b"\xff" * 4, UDP, segment))))
+    net.pass_time()
+    net.nat.poll(ready=True)
+    (skb,) = net.got
+    packet = packets.read_ipv4(skb.data)
+    assert packet is not None
+    offer = dhcp.parse(packet.payload[8:])
+    assert offer is not None
+    assert offer.options[dhcp.ROUTER] == GATEWAY
+    assert offer.yiaddr == IPv4Address("10.0.2.3").packed  # neither of the two
+    assert [arp.sender_mac for arp in net.resolve(GATEWAY, GUEST)] == [net.mac]
+    net.nat.close()
 
 
 @needs_slirp
