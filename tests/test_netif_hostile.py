@@ -169,9 +169,11 @@ def test_segments_of_one_byte(hostile: Hostile) -> None:
     net.host.machine.page(hostile.frame)[:6] = station.mac
     gso = NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, 1, XEN_NETIF_GSO_TYPE_TCPV4, 0)
     hostile.put(hostile.request(4000, flags=NETTXF_extra_info | NETTXF_csum_blank), gso)
+    net.host.pass_time(10**6)
     assert not station.frames
     gso = NETIF_EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, 1000, XEN_NETIF_GSO_TYPE_TCPV4, 0)
     hostile.put(hostile.request(4000, flags=NETTXF_extra_info | NETTXF_csum_blank), gso)
+    net.host.pass_time(10**6)
     assert len(station.frames) == 4
     check_others(net)
 
