@@ -17,11 +17,12 @@ import pvirq
 from netlib import MAC, Port
 from pvirq.abi.errno import XenError
 from pvirq.drivers.bridge import Network
-from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum
+from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum, complete
 from pvirq.net import dhcp, nat, packets, slirp
 from pvirq.net.nat import Nat
 from pvirq.net.outside import OutsideError
 from pvirq.net.packets import BROADCAST, Ipv4, ethernet, ipv4
+from pvirq.net.station import Station
 from pvirq.xen.timer import Clock
 
 GUEST = IPv4Address("10.0.2.15").packed
@@ -61,7 +62,7 @@ class Net(Port):
         """Poll until such a packet has come for the guest."""
         for _ in range(500):
             while self.got:
-                data = self.got.pop(0).data
+                data = complete(self.got.pop(0))
                 packet = packets.read_ipv4(data) if data[12:14] == b"\x08\x00" else None
                 if packet is not None and until(packet):
                     return packet
@@ -213,6 +214,33 @@ def test_nothing_beyond_unless_it_is_wanted(server: socket.socket) -> None:
 
 
 @needs_slirp
+def test_a_guest_can_not_use_up_our_descriptors(net: Net, server: socket.socket) -> None:
+    for i in range(nat.MAX_SOCKETS + 50):
+        net.udp(GATEWAY, 9, b"x", 10_000 + i)
+    assert len(net.nat._slirp.sockets) == len(net.nat._slirp.events) == nat.MAX_SOCKETS
+    tcp = Tcp(net, port_of(server))
+    tcp.send(SYN)
+    tcp.expect(RST)
+
+
+@needs_slirp
+def test_malformed_segments_do_not_reach_the_stack(net: Net) -> None:
+    good = struct.pack(">HHIIBBHHH", 5000, 80, 1, 0, 0x50, SYN, 100, 0, 0)
+    datagram = packets.udp(GUEST, 5000, GATEWAY, 80, b"abc")
+    for protocol, body in (
+        (TCP, good[:19]), (TCP, good[:12] + b"\x40" + good[13:]), (TCP, good[:12] + b"\xf0" + good[13:]), (47, good),
+        (UDP, datagram[:7]), (UDP, datagram[:4] + b"\0\x07" + datagram[6:]), (1, b"\x08\0"), (1, bytes(8)),
+        (UDP, datagram[:4] + b"\0\xff" + datagram[6:]),
+    ):  # fmt: skip
+        packet = packets.read_ipv4(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, protocol, body)))
+        assert packet is not None
+        assert not net.nat._allowed(packet)
+    packet = packets.read_ipv4(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, TCP, good)))
+    assert packet is not None
+    assert net.nat._allowed(packet)
+
+
+@needs_slirp
 def test_udp(net: Net) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as real:
         real.bind(("127.0.0.1", 0))
@@ -318,7 +346,10 @@ def test_another_address(net: Net) -> None:
 
 
 @needs_slirp
-def test_a_closed_one_is_quiet(net: Net) -> None:
+def test_a_closed_one_is_quiet(net: Net, server: socket.socket) -> None:
+    Tcp(net, port_of(server)).connect()
+    net.nat.forward("10.0.2.15", 80)
+    assert net.nat.awaited
     net.nat.close()
     net.receive(Skb(ethernet(net.mac, MAC, ETH_P_IP, ipv4(GUEST, GATEWAY, 1, packets.icmp(8, 0, bytes(8))))))
     net.nat.poll(ready=True)
@@ -336,6 +367,29 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
             host.nat()
         assert not host.outside
     slirp.load.cache_clear()
+
+
+@needs_slirp
+def test_beside_a_station() -> None:
+    """One bridge with both: the station hands out addresses, and tells of the gateway."""
+    net = Net(dhcp_server=False)
+    station = Station("station0", net.clock, "10.0.2.1/24", gateway="10.0.2.2")
+    net.net.add(station)
+    discover = dhcp.Message(dhcp.BOOTREQUEST, 5, MAC, options={dhcp.MESSAGE_TYPE: b"\1"})
+    segment = packets.udp(bytes(4), 68, b"\xff" * 4, 67, discover.pack())
+    net.got.clear()
+    net.receive(Skb(ethernet(BROADCAST, MAC, ETH_P_IP, ipv4(bytes(4), b"\xff" * 4, UDP, segment))))
+    net.pass_time()
+    net.nat.poll(ready=True)
+    (skb,) = net.got
+    packet = packets.read_ipv4(skb.data)
+    assert packet is not None
+    offer = dhcp.parse(packet.payload[8:])
+    assert offer is not None
+    assert offer.options[dhcp.ROUTER] == GATEWAY
+    assert offer.yiaddr == IPv4Address("10.0.2.3").packed  # neither of the two
+    assert [arp.sender_mac for arp in net.resolve(GATEWAY, GUEST)] == [net.mac]
+    net.nat.close()
 
 
 @needs_slirp

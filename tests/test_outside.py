@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import pvirq
+from pvirq.cli.terminal import ConsoleInput, Interrupts
 from pvirq.guest import HostStuck
 from pvirq.linux.kthread import Body, sleep
 from pvirq.net.outside import Outside
@@ -128,6 +129,27 @@ def test_they_end_with_the_host() -> None:
         assert list(host.outside) == [one]
     assert (one.closed, two.closed) == (1, 0)
     two.close()
+
+
+def test_a_console_whose_input_has_ended_waits_for_them_too() -> None:
+    pipe, sent = Pipe(), list[bytes]()
+    read_end, write_end = os.pipe()
+    os.close(write_end)
+    outside = Outside()
+    with Interrupts() as interrupts:
+        keys = ConsoleInput(read_end, interrupts, sent.append, outside.filenos)
+        keys.pump()
+        assert sent == [b"\x04"]
+        assert keys.wait(10**8) == 10**8  # time jumps
+        outside.add(pipe)
+        os.write(pipe.write_end, b"x")
+        assert keys.wait(10**13) < 10**13
+        pipe.poll(ready=True)
+        began = time.monotonic_ns()
+        assert keys.wait(10**7) == 10**7
+        assert time.monotonic_ns() - began >= 10**7
+    outside.close()
+    os.close(read_end)
 
 
 def test_limit() -> None:

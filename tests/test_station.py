@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pvirq
 from netlib import IP, MAC, Port
 from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum
 from pvirq.net import dhcp, packets
@@ -90,6 +91,19 @@ def test_udp(net: Net) -> None:
     assert answer.payload[:2] == b"\x03\x03"  # port unreachable, with the packet it is about
     assert answer.payload[8 + 20 : 8 + 28] == packets.udp(IP, 4000, SELF, 99, b"abc")[:8]
     assert net.ask_udp(b"\xff" * 4, 99, b"all") == []
+
+
+def test_what_a_handler_raises_ends_the_run_and_nothing_else() -> None:
+    with pvirq.Host(machine_memory=1 << 28) as host:
+        one, two = host.station("10.0.0.1/24"), host.station("10.0.0.2/24", dhcp=False)
+        got: list[Datagram] = []
+        one.on_udp(1, lambda datagram: int(datagram.data).to_bytes(1, "big"))
+        one.on_udp(2, got.append)
+        two.send_udp("10.0.0.1", 1, b"no number")
+        two.send_udp("10.0.0.1", 2, b"after it")
+        with pytest.raises(ValueError):
+            host.run(lambda: bool(got), 10**9)
+        assert host.run(lambda: bool(got), 10**9)
 
 
 def test_a_guests_blank_checksum(net: Net) -> None:

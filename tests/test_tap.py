@@ -104,3 +104,6 @@ def test_in_a_host() -> None:
         assert host.outside.awaited
         device.close()
         device.close()
+        assert not host.outside.awaited
+        device.transmit(Skb(BROADCAST + MAC + bytes(48)))
+        assert not host.run(lambda: False, 10**9)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, cast
+from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
@@ -31,9 +31,7 @@ from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import StartInfo
 from pvirq.modelled import ModelledGuest
-from pvirq.net.nat import Nat
-from pvirq.net.station import Station
-from pvirq.net.tap import Tap
+from pvirq.net.outside import Outsider
 from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
@@ -49,6 +47,11 @@ from pvirq.xen import evtchn, evtchn_views, irq_views
 from pvirq.xen.domain import Hypervisor
 from pvirq.xen.memory import Machine
 from pvirq.xen.timer import NS_PER_S, Clock
+
+if TYPE_CHECKING:
+    from pvirq.net.nat import Nat
+    from pvirq.net.station import Station
+    from pvirq.net.tap import Tap
 
 MIB: Final = 1 << 20
 
@@ -303,6 +306,8 @@ class Host(RunLoop):
 
         ValueError, XenError(EEXIST) for a `name` that another interface has.
         """
+        from pvirq.net.station import Station  # here and below: not every host has one
+
         station = Station(
             name or self._interface_name("station"), self.clock, address,
             mac=mac, dhcp_server=dhcp, gateway=gateway, names=names, domain=domain,
@@ -318,13 +323,13 @@ class Host(RunLoop):
 
         One bridge needs but one DHCP server. OutsideError without libslirp, ValueError, XenError(EEXIST).
         """
-        name = name or self._interface_name("nat")
+        from pvirq.net.nat import Nat
+
         nat = Nat(
-            name, self.backends.network, self.clock.now, address,
+            name or self._interface_name("nat"), self.backends.network, self.clock.now, address,
             dhcp_server=dhcp, services=services, outbound=outbound,
         )  # fmt: skip
-        self._put_on(bridge, nat)
-        self.outside.add(nat)
+        self._put_on(bridge, nat, nat)
         return nat
 
     def tap(self, name: str = "", *, bridge: str = "xenbr0") -> Tap:
@@ -332,25 +337,30 @@ class Host(RunLoop):
 
         "" lets the kernel choose a name. OutsideError where it isn't permitted, ValueError, XenError(EEXIST).
         """
+        from pvirq.net.tap import Tap
+
         tap = Tap(name, self.backends.network)
-        self._put_on(bridge, tap)
-        self.outside.add(tap)
+        self._put_on(bridge, tap, tap)
         return tap
 
     def _interface_name(self, kind: str) -> str:
         interfaces = self.backends.network.interfaces
         return next(name for i in range(len(interfaces) + 1) if (name := f"{kind}{i}") not in interfaces)
 
-    def _put_on(self, bridge: str, interface: Interface) -> None:
+    def _put_on(self, bridge: str, interface: Interface, outsider: Outsider | None = None) -> None:
         network = self.backends.network
         if bridge not in network.bridges:
             network.add_bridge(bridge)
         try:
             network.add(interface, bridge)
         except XenError:
-            if isinstance(interface, Nat | Tap):
-                interface.close()
+            if outsider is not None:
+                outsider.close()
             raise
+        if outsider is not None:
+            self.outside.add(outsider)
+
+    # -- what xl does to a guest that runs -----------------------------------------------------------------------------
 
     def pause(self, guest: Guest | ModelledGuest) -> None:
         """Let a guest's vCPUs run no more until `unpause` (xl pause). Its events and timers go on."""

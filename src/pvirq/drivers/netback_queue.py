@@ -36,12 +36,12 @@ from pvirq.abi.io_netif import (
     NETTXF_extra_info,
     NETTXF_more_data,
 )
-from pvirq.abi.xen import DOMID_SELF, PAGE_SIZE
+from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.ring import U32, BackRing, RingPages
 from pvirq.drivers.skb import Skb
 from pvirq.linux.irq import IRQ_HANDLED, IrqHandler, IrqReturn
 from pvirq.xen.grant import GrantError
-from pvirq.xen.grant_copy import Side, copy
+from pvirq.xen.grant_copy import read, write
 
 if TYPE_CHECKING:
     from pvirq.drivers.netback import Vif
@@ -81,11 +81,9 @@ class BackQueue:
         self._domain = dev.kernel.domain
         self._machine = dev.kernel.domain.machine
         self._gnttab = dev.xenbus.gnttab
-        self._pages = dev.xenbus.pages
         self._freed = False
         self._irqs: list[int] = []
         self._mapped = self._gnttab.map_all(self._domid, (tx_ref, rx_ref))
-        self._buffer = self._pages.alloc()  # what grants are copied to and from
         self._polling = False
         self._tx_eoi = self._rx_eoi = False
         self._rx_queue: deque[tuple[Skb, list[bytes]]] = deque()  # each with what goes behind its first slot
@@ -123,7 +121,6 @@ class BackQueue:
             self._events.unbind(irq, self)
         for page in self._mapped:
             self._gnttab.unmap(page)
-        self._pages.free(self._buffer)
         self._rx_queue.clear()
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
@@ -237,13 +234,9 @@ class BackQueue:
         for (_gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
             if offset + size > PAGE_SIZE:
                 raise FatalTxError(f"Cross page boundary, txp->offset: {offset}, size: {size}")
-        page = self._machine.page(self._buffer)
-        parts: list[bytes] = []
-        to = Side(self._buffer, DOMID_SELF, 0, False)
+        domain, domid, slots = self._domain, self._domid, packet.slots
         try:
-            for (gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
-                copy(self._domain, Side(gref, self._domid, offset, True), to, size)
-                parts.append(bytes(page[:size]))
+            parts = [read(domain, domid, slot[0], slot[1], size) for slot, size in zip(slots, sizes, strict=True)]
         except GrantError as error:
             vif = self.vif
             self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
@@ -353,7 +346,7 @@ class BackQueue:
             self._events.eoi(self._rx_irq)
 
     def _rx_skb(self, skb: Skb, extras: list[bytes]) -> None:
-        data, mem, rx, vif = skb.data, self._machine, self.rx, self.vif
+        data, rx, vif = skb.data, self.rx, self.vif
         size = len(data)
         flags = 0
         if skb.csum_blank:
@@ -362,17 +355,14 @@ class BackQueue:
             flags = NETRXF_data_validated
         if extras:
             flags |= NETRXF_extra_info
-        page = mem.page(self._buffer)
-        source = Side(self._buffer, DOMID_SELF, 0, False)
         offset = vif.headroom
         room = PAGE_SIZE - offset
         for at in range(0, size, room):
             ident, gref = NETIF_RX_REQUEST.unpack(rx.request())
             part = data[at : at + room]
-            page[: len(part)] = part
             status = len(part)
             try:
-                copy(self._domain, source, Side(gref, self._domid, offset, True), len(part))
+                write(self._domain, self._domid, gref, offset, part)
             except GrantError as error:
                 self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy to the frontend failed: {error}")
                 status = NETIF_RSP_ERROR

@@ -1,7 +1,7 @@
 """DHCP (RFC 2131, 2132): messages, and a server that leases the addresses of one subnet.
 
-The codec is our own: of the libraries for it, scapy's brings a whole tool box that takes half a second to load, and
-the small ones have not been kept for years. A message is a fixed header and a list of options.
+The codec is our own: of the libraries for it, scapy's is part of a whole tool box for packets, and the small ones have
+not been kept for years. A message is a fixed header and a list of options.
 """
 
 from __future__ import annotations

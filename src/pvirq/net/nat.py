@@ -17,6 +17,7 @@ from pvirq.drivers.bridge import Interface, Network
 from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, complete
 from pvirq.net import dhcp, dns, packets
 from pvirq.net.dhcp import DhcpServer
+from pvirq.net.gro import coalesce
 from pvirq.net.outside import OutsideError
 from pvirq.net.packets import BROADCAST, ETH_P_ARP, ICMP, IP_BROADCAST, Ipv4
 from pvirq.net.slirp import Slirp
@@ -25,6 +26,7 @@ LOOK_NS: Final = 1_000_000  # sockets are looked at this often while the guests 
 LINGER_NS: Final = 2_000_000_000  # for so long after the last frame an answer is awaited that no connection promises
 LOOPBACK: Final = IPv4Address("127.0.0.1")
 IN_QUEUE: Final = 256
+MAX_SOCKETS: Final = 256  # that guests may make us open: the process needs descriptors for other things
 
 SYN, ACK = 0x02, 0x10
 
@@ -36,6 +38,8 @@ class Nat(Interface):
     may be reached so (None: all); `outbound` lets guests reach everything else that the real machine can, and resolve
     names at the address `nameserver`. Everything else is refused, or lost. `forward` is the way into guests. The
     gateway is a DHCP server too, unless the bridge has another.
+
+    Guests may have MAX_SOCKETS connections and UDP conversations in all; a further one is refused, or lost.
 
     While a connection is open or a port is forwarded, and shortly after other traffic, the host waits in real time
     when all guests sleep.
@@ -153,22 +157,33 @@ class Nat(Interface):
             self._dirty = True
 
     def _allowed(self, packet: Ipv4) -> bool:
-        protocol, target = packet.protocol, packet.target
-        if packet.fragment or protocol not in (TCP, UDP, ICMP):
-            return False
-        if protocol == ICMP:
-            return target in self._addresses or self._beyond(target)
+        """Slirp may have this packet: it is well formed, and to where guests may."""
+        target, protocol, size = packet.target, packet.protocol, packet.end - packet.start
         header = packet.frame[packet.start : packet.start + 20]
-        if len(header) < (20 if protocol == TCP else 8):
+        if packet.fragment or packet.start != ETH_HLEN + packets.IP_HLEN or size < 8:
             return False
+        full = len(self._slirp.sockets) >= MAX_SOCKETS
+        if protocol == ICMP:
+            return header[0] == packets.ICMP_ECHO and not full and (target in self._addresses or self._beyond(target))
         source_port, port = int.from_bytes(header[:2], "big"), int.from_bytes(header[2:4], "big")
-        if target != self._ip:
-            return (target in self._addresses and port == dns.PORT) or self._beyond(target)
-        if protocol == TCP and header[13] & (SYN | ACK) != SYN:
-            return True  # no new connection: if there is none, nothing comes of it
-        if protocol == UDP and any(udp and to == source_port for (_, _, udp), to in self._forwards.items()):
-            return True  # an answer
-        return self.services is None or port in self.services
+        if protocol == TCP:
+            if size < 20 or not 20 <= (header[12] >> 4) * 4 <= size:
+                return False
+            if header[13] & (SYN | ACK) != SYN:
+                # No new connection: if there is none, nothing comes of it.
+                return target in self._addresses or self._beyond(target)
+        elif protocol == UDP:
+            if not 8 <= int.from_bytes(header[4:6], "big") <= size:
+                return False
+            if target == self._ip and any(udp and to == source_port for (_, _, udp), to in self._forwards.items()):
+                return True  # an answer
+        else:
+            return False
+        if full:
+            return False
+        if target == self._ip:
+            return self.services is None or port in self.services
+        return (target in self._addresses and port == dns.PORT) or self._beyond(target)
 
     def _beyond(self, target: bytes) -> bool:
         """An address outside of the virtual network that guests may reach. A loopback address would be the real one."""
@@ -210,7 +225,7 @@ class Nat(Interface):
         slirp = self._slirp
         if self._forwards or not slirp.connections.isdisjoint(slirp.events):
             return True
-        return bool(slirp.events or slirp.connections) and time.monotonic_ns() - self._last_frame < LINGER_NS
+        return bool(slirp.events or slirp.sockets) and time.monotonic_ns() - self._last_frame < LINGER_NS
 
     def fileno(self) -> int:
         return self._slirp.epoll.fileno()
@@ -236,8 +251,8 @@ class Nat(Interface):
         out = slirp.out
         if out:
             self._last_frame = now
-        for _ in range(len(out)):
-            self.receive(Skb(out.popleft(), data_validated=True))
+        for skb in coalesce([out.popleft() for _ in range(len(out))]):
+            self.receive(skb)
 
     def close(self) -> None:
         """Close all connections and ports, and leave the bridge."""

@@ -120,7 +120,8 @@ def _in_addr(address: IPv4Address) -> int:
 class Slirp:
     """One instance. Frames go in by `input`; what it sends is in `out` after `input` or `turn`.
 
-    `events` has the descriptors of its sockets that wait for something, `connections` those of TCP connections.
+    `sockets` are the descriptors of its connections and conversations, `connections` those of TCP; `events` has those
+    that wait for something.
     """
 
     def __init__(self, interface: IPv4Interface, dns: IPv4Address | None) -> None:
@@ -130,6 +131,7 @@ class Slirp:
         """
         self._library = load()
         self.out: deque[bytes] = deque(maxlen=OUT_QUEUE)
+        self.sockets: set[int] = set()
         self.connections: set[int] = set()
         self.events: dict[int, int] = {}
         self.timeout_ms = 1000
@@ -177,6 +179,9 @@ class Slirp:
         if self._slirp:
             self._library.slirp_cleanup(self._slirp)
             self._slirp = None
+            self.sockets.clear()
+            self.connections.clear()
+            self.events.clear()
             self.epoll.close()
 
     def input(self, frame: bytes) -> None:
@@ -225,6 +230,7 @@ class Slirp:
         return size
 
     def _on_register(self, fd: int, _opaque: object) -> None:
+        self.sockets.add(fd)
         new = socket.socket(fileno=fd)
         if new.type == socket.SOCK_STREAM:
             self.connections.add(fd)
@@ -232,6 +238,7 @@ class Slirp:
 
     def _on_unregister(self, fd: int, _opaque: object) -> None:
         """It is about to be closed, and epoll forgets it with that."""
+        self.sockets.discard(fd)
         self.connections.discard(fd)
         if self.events.pop(fd, None) is not None:
             self.epoll.unregister(fd)

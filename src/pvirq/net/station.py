@@ -17,9 +17,10 @@ from pvirq.net.dhcp import DhcpServer, Lease
 from pvirq.net.packets import ARP_REPLY, ARP_REQUEST, BROADCAST, ETH_P_ARP, ICMP, IP_BROADCAST, Arp, Ipv4
 from pvirq.xen.timer import Clock, Timer
 
-LATENCY_NS: Final = 50_000  # between a frame and the station's answer
-QUEUE: Final = 1024  # frames on their way out; more are lost
-KEPT: Final = 4096  # of the frames that came in
+LATENCY_NS: Final = 50_000  # until the station looks at a frame: two that answer each other take their time
+QUEUE: Final = 1024  # frames that it has still to look at; more are lost
+KEPT: Final = 1024  # of the frames that came in
+FRAME_MAX: Final = 9018  # a card takes no larger ones
 NEIGHBOURS: Final = 1024  # whose Ethernet address is known, or asked for
 PENDING: Final = 16  # frames that wait for one such address
 
@@ -44,8 +45,8 @@ class Station(Interface):
 
     It answers ARP, ICMP echo, DHCP (`dhcp`, a server for its subnet, None: no server) and DNS (`names`, and what DHCP
     clients call themselves); a UDP port that nobody listens on is unreachable, a TCP connection is refused. Frames for
-    it, and broadcasts, come to `on_frame` too, finished, and the last of them are in `frames`. What it sends goes out
-    50 us later, in virtual time, so it answers while the host runs.
+    it, and broadcasts, come to `on_frame` too, finished, and the last of them are in `frames`. It sees a frame 50 us
+    after that was sent, in virtual time, so it answers while the host runs.
 
     Frames from guests are hostile input: one that can't be is ignored, and what the station keeps of any is bounded.
     """
@@ -81,7 +82,7 @@ class Station(Interface):
         self._udp: dict[int, UdpHandler] = {}
         self._neighbours: dict[bytes, bytes] = {}  # IPv4 -> Ethernet address
         self._pending: dict[bytes, deque[bytes]] = {}  # packets that wait for one
-        self._out: deque[tuple[int, bytes]] = deque()  # frames, and when they go
+        self._in: deque[tuple[int, bytes]] = deque()  # frames to look at, and when
         self._timer: Timer | None = None
         self.dhcp: DhcpServer | None = None
         if dhcp_server:
@@ -152,11 +153,29 @@ class Station(Interface):
         data = skb.data
         if len(data) < ETH_HLEN or (data[:6] != self.mac and not data[0] & 1):
             return
+        when = self._clock.now() + LATENCY_NS
         for frame in finish(skb):
-            self.frames.append(frame)
-            if self.on_frame is not None:
-                self.on_frame(frame)
-            self._input(frame)
+            if len(frame) <= FRAME_MAX and len(self._in) < QUEUE:
+                self._in.append((when, frame))
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._in and self._timer is None:
+            self._timer = self._clock.at(self._in[0][0], self._look)
+
+    def _look(self) -> None:
+        """Outside of any domain, so what a program's handler raises leaves all of them in order."""
+        self._timer = None
+        now = self._clock.now()
+        try:
+            while self._in and self._in[0][0] <= now:
+                frame = self._in.popleft()[1]
+                self.frames.append(frame)
+                if self.on_frame is not None:
+                    self.on_frame(frame)
+                self._input(frame)
+        finally:
+            self._arm()
 
     def _input(self, frame: bytes) -> None:
         kind = int.from_bytes(frame[12:14], "big")
@@ -251,15 +270,4 @@ class Station(Interface):
             self._send(packets.ethernet(mac, self.mac, ETH_P_IP, packet))
 
     def _send(self, frame: bytes) -> None:
-        if len(self._out) < QUEUE:
-            self._out.append((self._clock.now() + LATENCY_NS, frame))
-            if self._timer is None:
-                self._timer = self._clock.at(self._out[0][0], self._flush)
-
-    def _flush(self) -> None:
-        self._timer = None
-        now = self._clock.now()
-        while self._out and self._out[0][0] <= now:
-            self.receive(Skb(self._out.popleft()[1]))
-        if self._out and self._timer is None:
-            self._timer = self._clock.at(self._out[0][0], self._flush)
+        self.receive(Skb(frame))

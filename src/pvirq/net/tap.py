@@ -65,7 +65,7 @@ class Tap(Interface):
 
     def transmit(self, skb: Skb) -> None:
         """A frame from the bridge; it is lost where the device is down or takes no more."""
-        for frame in finish(skb):
+        for frame in () if self._closed else finish(skb):
             try:
                 os.write(self._fd, frame)
             except OSError:
@@ -73,7 +73,7 @@ class Tap(Interface):
 
     @property
     def awaited(self) -> bool:
-        return True
+        return not self._closed
 
     def fileno(self) -> int:
         return self._fd
@@ -83,7 +83,7 @@ class Tap(Interface):
 
     def poll(self, *, ready: bool) -> None:
         """Take the frames that are there."""
-        for _ in range(BUDGET):
+        for _ in range(0 if self._closed else BUDGET):
             try:
                 frame = os.read(self._fd, FRAME_MAX)
             except OSError:  # nothing there, or the device is down

@@ -28,6 +28,12 @@ STATUS_PER_FRAME: Final = PAGE_SIZE // abi.GRANT_STATUS_SIZE
 GNTPIN_hstw_inc, GNTPIN_hstr_inc, GNTPIN_devw_inc, GNTPIN_devr_inc = 1, 1 << 8, 1 << 16, 1 << 24
 GNTPIN_WRITABLE: Final = 0xFF | 0xFF << 16
 
+_unpack_v1: Final = struct.Struct("<HHI").unpack_from
+_unpack_v2: Final = struct.Struct("<HHxxxxQ").unpack_from  # of a whole page
+# The flags of grants of a whole page that nobody uses, for reading and for writing.
+_PLAIN_ANY: Final = (abi.GTF_permit_access, abi.GTF_permit_access | abi.GTF_readonly)
+_PLAIN_WRITABLE: Final = (abi.GTF_permit_access,)
+
 
 class GrantError(Exception):
     """A grant operation failed with a GNTST_* status of its own, which is no errno."""
@@ -258,6 +264,29 @@ class GrantTable:
         machine = self.domain.machine
         if mfn >= machine.frames or machine.owner[mfn] != self.domain.domid:
             raise GrantError(abi.GNTST_bad_page, f"mfn {mfn:#x} is not domain {self.domain.domid}'s")
+
+    def peek(self, ref: int, user: int, *, readonly: bool) -> int | None:
+        """The mfn of a grant for one copy by domain `user`, which is over before anybody else runs.
+
+        Nothing is counted or marked: the marks would be gone before the granter could look. None where that is not the
+        whole story, and `acquire` has to tell it: a grant that is in use, of another kind, or not to be had.
+        """
+        if ref in self.active or ref >= self.entries or self.domain.dying:
+            return None
+        mem, frames = self._mem, self.frames
+        if self.version == 1:
+            at = (frames[ref >> 9] << PAGE_SHIFT) + (ref & 511) * abi.GRANT_ENTRY_V1_SIZE
+            flags, domid, mfn = _unpack_v1(mem, at)
+        else:
+            at = (frames[ref >> 8] << PAGE_SHIFT) + (ref & 255) * abi.GRANT_ENTRY_V2_SIZE
+            flags, domid, mfn = _unpack_v2(mem, at)
+            at = (self.status_frames[ref >> 11] << PAGE_SHIFT) + (ref & 2047) * abi.GRANT_STATUS_SIZE
+            if mem[at] or mem[at + 1]:
+                return None
+        if domid != user or flags not in (_PLAIN_ANY if readonly else _PLAIN_WRITABLE):
+            return None
+        machine = self.domain.machine
+        return mfn if mfn < machine.frames and machine.owner[mfn] == self.domain.domid else None
 
     def acquire(self, ref: int, user: int, increment: int, *, mapping: bool, transitive: bool = True) -> ActiveEntry:
         """Count one more use of a grant by domain `user`, `increment` being a GNTPIN_*_inc.

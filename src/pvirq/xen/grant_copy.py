@@ -8,7 +8,7 @@ from pvirq.abi import grant_table as abi
 from pvirq.abi.xen import DOMID_SELF, PAGE_SHIFT, PAGE_SIZE
 from pvirq.xen.domain import Domain
 from pvirq.xen.grant import GNTPIN_hstr_inc, GNTPIN_hstw_inc, GrantError, GrantTable
-from pvirq.xen.memory import PGT_WRITABLE
+from pvirq.xen.memory import PGT_WRITABLE, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,12 @@ class _Claim:
         if self._table is not None:
             self._table.release(self._ref, self._increment)
 
-    def holds(self, side: Side, length: int) -> bool:
-        return self.start <= side.offset and side.offset + length <= self.start + self.length
+    def check(self, offset: int, length: int) -> None:
+        """GrantError where that isn't within the page, or what is granted of it."""
+        if offset + length > PAGE_SIZE:
+            raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
+        if offset < self.start or offset + length > self.start + self.length:
+            raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
 
 
 def _table(domain: Domain) -> GrantTable:
@@ -66,6 +70,70 @@ def _owner(user: Domain, side: Side) -> Domain:
     return owner
 
 
+def read(user: Domain, domid: int, ref: int, offset: int, length: int) -> bytes:
+    """GNTTABOP_copy by domain `user` from a grant of `domid`'s to a buffer of its own; what is in that then.
+
+    GrantError as `copy` has it.
+    """
+    owner = _granter(user, domid)
+    table = owner.grant_table
+    assert table is not None
+    mfn = table.peek(ref, user.domid, readonly=True)
+    if mfn is not None and offset + length <= PAGE_SIZE:
+        at = (mfn << PAGE_SHIFT) + offset
+        return bytes(user.machine.mem[at : at + length])
+    claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstr_inc)
+    try:
+        claim.check(offset, length)
+        at = (claim.mfn << PAGE_SHIFT) + offset
+        return bytes(user.machine.mem[at : at + length])
+    finally:
+        claim.release()
+
+
+def write(user: Domain, domid: int, ref: int, offset: int, data: bytes) -> None:
+    """GNTTABOP_copy by domain `user` of `data`, from a buffer of its own to a grant of `domid`'s. GrantError."""
+    owner = _granter(user, domid)
+    table = owner.grant_table
+    assert table is not None
+    mfn = table.peek(ref, user.domid, readonly=False)
+    if mfn is not None and offset + len(data) <= PAGE_SIZE:
+        _check_writable(user.machine, mfn)
+        _store(user, mfn, offset, data)
+        return
+    claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstw_inc)
+    try:
+        _check_writable(user.machine, claim.mfn)
+        claim.check(offset, len(data))
+        _store(user, claim.mfn, offset, data)
+    finally:
+        claim.release()
+
+
+def _granter(user: Domain, domid: int) -> Domain:
+    owner = user.hypervisor.domain_or_zombie(domid)
+    if owner is None:
+        raise GrantError(abi.GNTST_bad_domain, f"no domain {domid:#x}")
+    _table(owner)
+    return owner
+
+
+def _check_writable(machine: Machine, mfn: int) -> None:
+    if machine.type_count[mfn] and machine.type[mfn] != PGT_WRITABLE:
+        raise GrantError(abi.GNTST_general_error, f"mfn {mfn:#x} is a page table or descriptor page")
+
+
+def _store(user: Domain, mfn: int, offset: int, data: bytes) -> None:
+    """Write into a frame, and tell the CPUs of its owner."""
+    machine = user.machine
+    where = (mfn << PAGE_SHIFT) + offset
+    machine.mem[where : where + len(data)] = data
+    if data:
+        owner = user.hypervisor.domain_or_zombie(machine.owner[mfn])
+        if owner is not None:
+            owner.frame_written(where, len(data))
+
+
 def copy(user: Domain, source: Side, dest: Side, length: int) -> None:
     """GNTTABOP_copy by domain `user`, within one page each. GrantError with the status that it gets."""
     machine = user.machine
@@ -74,18 +142,13 @@ def copy(user: Domain, source: Side, dest: Side, length: int) -> None:
     try:
         to = _Claim(user, dest, dest_owner, GNTPIN_hstw_inc)
         try:
-            if machine.type_count[to.mfn] and machine.type[to.mfn] != PGT_WRITABLE:
-                raise GrantError(abi.GNTST_general_error, f"mfn {to.mfn:#x} is a page table or descriptor page")
+            _check_writable(machine, to.mfn)
             if max(source.offset, dest.offset) + length > PAGE_SIZE:
                 raise GrantError(abi.GNTST_bad_copy_arg, "beyond the page")
-            if not from_.holds(source, length) or not to.holds(dest, length):
-                raise GrantError(abi.GNTST_general_error, "beyond what is granted of the page")
-            at, where = (from_.mfn << PAGE_SHIFT) + source.offset, (to.mfn << PAGE_SHIFT) + dest.offset
-            machine.mem[where : where + length] = bytes(machine.mem[at : at + length])
-            if length:
-                owner = user.hypervisor.domain_or_zombie(machine.owner[to.mfn])
-                if owner is not None:
-                    owner.frame_written(where, length)
+            from_.check(source.offset, length)
+            to.check(dest.offset, length)
+            at = (from_.mfn << PAGE_SHIFT) + source.offset
+            _store(user, to.mfn, dest.offset, bytes(machine.mem[at : at + length]))
         finally:
             to.release()
     finally:
