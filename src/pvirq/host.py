@@ -42,6 +42,11 @@ MIB: Final = 1 << 20
 DEFAULT_MEMORY: Final = 256 * MIB
 # How long a vCPU runs while another of the host could.
 SLICE_NS: Final = 5_000_000
+# How long it still runs when it, or domain 0 on its behalf, has woken another. Who sends an event mostly holds a lock
+# just then that the receiver wants, and the one would be stopped while the other spins for it: Linux spins 32768 times
+# before it asks Xen to wait (SPIN_THRESHOLD), which takes 3 ms here.
+GRACE_NS: Final = 200_000
+FOREVER: Final = 1 << 62
 
 
 class Host:
@@ -78,6 +83,8 @@ class Host:
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
         self._turn = 0
+        self._last: Vcpu | None = None
+        self._slice_end = 0  # of the vCPU that ran last, in ns
         self._closed = False
         self._clocked = False
         self.hypervisor.on_wake = self._wake
@@ -233,11 +240,14 @@ class Host:
         domid = vcpu.domain.domid
         if domid in self._kernels:
             self._woken[vcpu] = None
+            if self._running is not None:
+                self._running.engine.stop()  # a modelled one takes no time, and has its turn at once
         elif (machine := self._machines.get(domid)) is not None:
             machine.woken(vcpu)
-        # Someone else can run now: end the turn of the one that does.
-        if self._running is not None and vcpu is not self._running_vcpu:
-            self._running.engine.stop()
+            if vcpu is not self._running_vcpu:
+                self._slice_end = min(self._slice_end, self.clock.now() + GRACE_NS)
+                if self._running is not None:
+                    self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
 
     def _shut_down(self, domain: Domain) -> None:
         if self._running is not None:
@@ -247,7 +257,7 @@ class Host:
 
     def _earlier_deadline(self, when: int) -> None:
         if self._running is not None:
-            self._running.engine.stop_at = self.clock.counter_at(when)
+            self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
             if when <= self.clock.now():
                 # Due at once: it fires before another instruction of the guest's, as Xen's timer softirq does.
                 self._running.engine.stop()
@@ -301,20 +311,28 @@ class Host:
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:
             return False
-        self._turn += 1
-        vcpu = ready[self._turn % len(ready)]
-        self._run_vcpu(vcpu, alone=len(ready) == 1)
+        now = self.clock.now()
+        # Who was stopped for domain 0's sake, or let another become ready, goes on until its time is up.
+        if now >= self._slice_end or not any(vcpu is self._last for vcpu in ready):
+            self._turn += 1
+            self._last = ready[self._turn % len(ready)]
+            self._slice_end = FOREVER
+        self._slice_end = FOREVER if len(ready) == 1 else min(self._slice_end, now + SLICE_NS)
+        assert self._last is not None
+        self._run_vcpu(self._last)
         return True
 
-    def _run_vcpu(self, vcpu: Vcpu, alone: bool) -> None:
+    def _turn_end(self) -> int:
+        """When the turn of the vCPU that runs is over, in ns."""
+        deadline = self.clock.next_deadline()
+        return self._slice_end if deadline is None else min(self._slice_end, deadline)
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
         clock = self.clock
-        until = clock.next_deadline()
-        if not alone:
-            slice_end = clock.now() + SLICE_NS
-            until = slice_end if until is None else min(until, slice_end)
+        until = self._turn_end()
         self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
         try:
-            self._running.run(vcpu, None if until is None else clock.counter_at(until))
+            self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
         finally:
             self._running = self._running_vcpu = None
 
