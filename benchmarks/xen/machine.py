@@ -83,7 +83,7 @@ class RealHost:
 
     def __init__(
         self, report: Callable[[str], None], *, guest_kernel: Path, guest_initrd: bytes,
-        files: Mapping[str, bytes] | None = None, memory: int = 2048, cpus: int = 2, timeout: float = 180,
+        files: Mapping[str, bytes] | None = None, memory: int = 2048, cpus: int = 2, timeout: float = 300,
     ) -> None:  # fmt: skip
         """Boot it, with the guests' kernel and initrd and `files` in domain 0's initrd. RealXenError."""
         self._report = report
@@ -120,7 +120,7 @@ class RealHost:
 
     # -- domain 0 ------------------------------------------------------------------------------------------------------
 
-    def run(self, command: str, timeout: float = 60, check: bool = True) -> str:
+    def run(self, command: str, timeout: float = 300, check: bool = True) -> str:
         """What a shell command prints in domain 0. RealXenError where it doesn't end, or (`check`) fails."""
         text = base64.b64encode(command.encode()).decode()
         for start in range(0, len(text), PIECE):
@@ -163,7 +163,10 @@ class RealHost:
             searched = max(0, len(self._received) - len(mark))
             if time.monotonic() > deadline:
                 raise RealXenError(f"{timeout:g} s passed; waiting for {what}: {self._last()}")
-            if select.select([self._qemu.stdout], [], [], 1)[0]:
+            if not select.select([self._qemu.stdout], [], [], 10)[0]:
+                # Now and then Xen's serial output stands still until some input comes. The agent skips empty lines.
+                self._send("\n")
+            else:
                 chunk = os.read(self._qemu.stdout.fileno(), 65536)
                 if not chunk:
                     raise RealXenError(f"QEMU ended; waiting for {what}: {self._last()}")
@@ -184,7 +187,8 @@ class RealHost:
             "until xenstore-exists / 2>/dev/null || xenstore-read / >/dev/null 2>&1; do sleep 0.1; done\n"
             "/usr/lib/xen-4.17/bin/xen-init-dom0\n"
             "xenconsoled --pid-file=/run/xen/xenconsoled.pid\n"
-            "brctl addbr xenbr0; echo 0 > /sys/class/net/xenbr0/bridge/forward_delay; ip link set xenbr0 up; ip addr add 10.0.0.1/24 dev xenbr0"
+            "brctl addbr xenbr0; echo 0 > /sys/class/net/xenbr0/bridge/forward_delay\n"
+            "ip link set xenbr0 up; ip addr add 10.0.0.1/24 dev xenbr0"
         )
         for number in range(disks):
             self.run(
@@ -193,17 +197,17 @@ class RealHost:
             )
         self.report("Xen's tools run")
 
-    def create(self, config: Config, timeout: float = 120) -> None:
+    def create(self, config: Config, timeout: float = 300) -> None:
         """xl create; the guest's agent may not be there yet."""
         self.run(f"cat > /run/{config.name}.cfg <<'END'\n{config.text()}END")
         self.run(f"xl create /run/{config.name}.cfg", timeout)
 
-    def guest(self, command: str, name: str = "u", timeout: float = 120, check: bool = True) -> str:
+    def guest(self, command: str, name: str = "u", timeout: float = 300, check: bool = True) -> str:
         """What a shell command prints in a guest, once its agent takes commands. RealXenError as for `run`."""
         quoted = command.replace("'", "'\\''")
         return self.run(f"/lab/guest {name} '{quoted}'", timeout, check)
 
-    def poweroff(self, name: str = "u", timeout: float = 60) -> None:
+    def poweroff(self, name: str = "u", timeout: float = 300) -> None:
         """Let a guest's agent power it off, and wait until xl has destroyed it and its devices."""
         self.run(
             f"id=$(xl domid {name}); echo poweroff > $(xenstore-read /local/domain/$id/console/tty)\n"

@@ -185,7 +185,7 @@ def ordinary(rec: Recorder, config: Config) -> None:
 
 
 def toolstack(rec: Recorder, config: Config) -> None:
-    """What xl does to a running guest: vcpu-set, block-attach and -detach, network-attach and -detach, save, restore."""
+    """What xl does to a running guest: vcpu-set, attaching and detaching a disk and a NIC, pause, save, restore."""
     host = rec.host
     begin(rec, config)
     for stage, count in (("12-vcpu-set-1", 1), ("13-vcpu-set-2", 2)):
