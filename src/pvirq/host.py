@@ -82,7 +82,6 @@ class Host:
         self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
-        self._turn = 0
         self._last: Vcpu | None = None
         self._slice_end = 0  # of the vCPU that ran last, in ns
         self._closed = False
@@ -212,6 +211,7 @@ class Host:
             self._destroy_modelled(guest)
             return
         self.guests.remove(guest)
+        self._last = None
         guest.release()
         machine = self._machines.pop(guest.domain.domid)
         self.clock.remove_offset(machine.engine.set_tsc_offset)
@@ -314,8 +314,7 @@ class Host:
         now = self.clock.now()
         # Who was stopped for domain 0's sake, or let another become ready, goes on until its time is up.
         if now >= self._slice_end or not any(vcpu is self._last for vcpu in ready):
-            self._turn += 1
-            self._last = ready[self._turn % len(ready)]
+            self._last = _behind(self._last, ready)
             self._slice_end = FOREVER
         self._slice_end = FOREVER if len(ready) == 1 else min(self._slice_end, now + SLICE_NS)
         assert self._last is not None
@@ -388,6 +387,16 @@ class Host:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _behind(last: Vcpu | None, ready: list[Vcpu]) -> Vcpu:
+    """The next one in turn: `ready` is in the order of domains and vCPUs, and after its last comes its first."""
+    if last is not None:
+        place = last.domain.domid, last.vcpu_id
+        for vcpu in ready:
+            if (vcpu.domain.domid, vcpu.vcpu_id) > place:
+                return vcpu
+    return ready[0]
 
 
 def _factory(kernel: str | KernelFactory) -> KernelFactory:
