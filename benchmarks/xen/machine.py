@@ -12,10 +12,12 @@ virtualization hardware; `PVIRQ_XEN` names another binary than /boot/xen-4.17-am
 from __future__ import annotations
 
 import base64
+import ctypes
 import gzip
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -35,6 +37,7 @@ XEN_ARGS = "com1=115200,8n1 console=com1 dom0_mem=1024M,max:1024M dom0_max_vcpus
 DOM0_ARGS = "console=hvc0 earlyprintk=xen quiet"
 PIECE = 90  # characters of a command at a time (agent.sh)
 MIB = 1 << 20
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RealXenError(Exception):
@@ -52,6 +55,11 @@ def missing() -> str | None:
     if not default_binary().is_file():
         return f"there is no Xen at {default_binary()} (Debian: xen-hypervisor-4.17-amd64; or set PVIRQ_XEN)"
     return None
+
+
+def _end_with_parent() -> None:
+    """However this process ends, QEMU is killed with it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,9 @@ class RealHost:
         command = [QEMU, *MACHINE, "-smp", str(cpus), "-m", str(memory), "-kernel", str(scratch / "xen")]
         command += ["-append", XEN_ARGS, "-initrd", f"{parts.kernel} {DOM0_ARGS},{scratch / 'initrd'}"]
         self._qemu = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads
+        )  # fmt: skip
         self.report("started QEMU")
 
     def report(self, message: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -277,6 +278,7 @@ def main() -> int:
     unknown = set(options.configurations) - set(CONFIGURATIONS)
     if unknown:
         parser.error(f"no configuration {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is closed
     if why := missing():
         print(f"records: {why}", file=sys.stderr)
         return 3
