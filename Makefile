@@ -3,11 +3,12 @@
 # make fuzz    the property tests with fresh random examples instead of the fixed ones of make test
 # make conformance   event channels against real Xen in QEMU, with fresh seeds (docs/conformance.md)
 # make bench   the benchmarks: medians, and bench.json
+# make bench-xen     the devices' benchmarks on pvirq and on real Xen in QEMU, side by side (docs/benchmarks.md)
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin
 
-.PHONY: run test lint fuzz conformance bench setup clean
+.PHONY: run test lint fuzz conformance bench bench-xen setup clean
 
 run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
@@ -30,9 +31,12 @@ conformance: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+bench-xen: setup
+	$(BIN)/python -m benchmarks.xen.run
+
 setup:
 	@tools/setup.sh
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-xen.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

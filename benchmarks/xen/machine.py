@@ -12,10 +12,12 @@ virtualization hardware; `PVIRQ_XEN` names another binary than /boot/xen-4.17-am
 from __future__ import annotations
 
 import base64
+import ctypes
 import gzip
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -35,6 +37,7 @@ XEN_ARGS = "com1=115200,8n1 console=com1 dom0_mem=1024M,max:1024M dom0_max_vcpus
 DOM0_ARGS = "console=hvc0 earlyprintk=xen quiet"
 PIECE = 90  # characters of a command at a time (agent.sh)
 MIB = 1 << 20
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RealXenError(Exception):
@@ -52,6 +55,11 @@ def missing() -> str | None:
     if not default_binary().is_file():
         return f"there is no Xen at {default_binary()} (Debian: xen-hypervisor-4.17-amd64; or set PVIRQ_XEN)"
     return None
+
+
+def _end_with_parent() -> None:
+    """However this process ends, QEMU is killed with it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class RealHost:
 
     def __init__(
         self, report: Callable[[str], None], *, guest_kernel: Path, guest_initrd: bytes,
-        files: Mapping[str, bytes] | None = None, memory: int = 2048, cpus: int = 2, timeout: float = 180,
+        files: Mapping[str, bytes] | None = None, memory: int = 2048, cpus: int = 2, timeout: float = 300,
     ) -> None:  # fmt: skip
         """Boot it, with the guests' kernel and initrd and `files` in domain 0's initrd. RealXenError."""
         self._report = report
@@ -111,8 +119,9 @@ class RealHost:
         command = [QEMU, *MACHINE, "-smp", str(cpus), "-m", str(memory), "-kernel", str(scratch / "xen")]
         command += ["-append", XEN_ARGS, "-initrd", f"{parts.kernel} {DOM0_ARGS},{scratch / 'initrd'}"]
         self._qemu = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads
+        )  # fmt: skip
         self.report("started QEMU")
 
     def report(self, message: str) -> None:
@@ -120,7 +129,7 @@ class RealHost:
 
     # -- domain 0 ------------------------------------------------------------------------------------------------------
 
-    def run(self, command: str, timeout: float = 60, check: bool = True) -> str:
+    def run(self, command: str, timeout: float = 300, check: bool = True) -> str:
         """What a shell command prints in domain 0. RealXenError where it doesn't end, or (`check`) fails."""
         text = base64.b64encode(command.encode()).decode()
         for start in range(0, len(text), PIECE):
@@ -163,7 +172,10 @@ class RealHost:
             searched = max(0, len(self._received) - len(mark))
             if time.monotonic() > deadline:
                 raise RealXenError(f"{timeout:g} s passed; waiting for {what}: {self._last()}")
-            if select.select([self._qemu.stdout], [], [], 1)[0]:
+            if not select.select([self._qemu.stdout], [], [], 10)[0]:
+                # Now and then Xen's serial output stands still until some input comes. The agent skips empty lines.
+                self._send("\n")
+            else:
                 chunk = os.read(self._qemu.stdout.fileno(), 65536)
                 if not chunk:
                     raise RealXenError(f"QEMU ended; waiting for {what}: {self._last()}")
@@ -184,7 +196,8 @@ class RealHost:
             "until xenstore-exists / 2>/dev/null || xenstore-read / >/dev/null 2>&1; do sleep 0.1; done\n"
             "/usr/lib/xen-4.17/bin/xen-init-dom0\n"
             "xenconsoled --pid-file=/run/xen/xenconsoled.pid\n"
-            "brctl addbr xenbr0; echo 0 > /sys/class/net/xenbr0/bridge/forward_delay; ip link set xenbr0 up; ip addr add 10.0.0.1/24 dev xenbr0"
+            "brctl addbr xenbr0; echo 0 > /sys/class/net/xenbr0/bridge/forward_delay\n"
+            "ip link set xenbr0 up; ip addr add 10.0.0.1/24 dev xenbr0"
         )
         for number in range(disks):
             self.run(
@@ -193,17 +206,17 @@ class RealHost:
             )
         self.report("Xen's tools run")
 
-    def create(self, config: Config, timeout: float = 120) -> None:
+    def create(self, config: Config, timeout: float = 300) -> None:
         """xl create; the guest's agent may not be there yet."""
         self.run(f"cat > /run/{config.name}.cfg <<'END'\n{config.text()}END")
         self.run(f"xl create /run/{config.name}.cfg", timeout)
 
-    def guest(self, command: str, name: str = "u", timeout: float = 120, check: bool = True) -> str:
+    def guest(self, command: str, name: str = "u", timeout: float = 300, check: bool = True) -> str:
         """What a shell command prints in a guest, once its agent takes commands. RealXenError as for `run`."""
         quoted = command.replace("'", "'\\''")
         return self.run(f"/lab/guest {name} '{quoted}'", timeout, check)
 
-    def poweroff(self, name: str = "u", timeout: float = 60) -> None:
+    def poweroff(self, name: str = "u", timeout: float = 300) -> None:
         """Let a guest's agent power it off, and wait until xl has destroyed it and its devices."""
         self.run(
             f"id=$(xl domid {name}); echo poweroff > $(xenstore-read /local/domain/$id/console/tty)\n"

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -107,6 +108,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="runs of each, of which the median counts")
     parser.add_argument("--output", type=Path, default=Path("bench-xen.json"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is closed
     if why := missing():
         print(f"bench-xen: {why}", file=sys.stderr)
         return 3
