@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pvirq import Host
-from pvirq.host import GRACE_NS, SLICE_NS
+from pvirq.runloop import GRACE_NS, SLICE_NS
 from pvirq.xen.domain import Domain, Vcpu
 
 STEP_NS = 1_000

@@ -21,6 +21,10 @@ SLICE_NS: Final = 5_000_000
 # just then that the receiver wants, and the one would be stopped while the other spins for it: Linux spins 32768 times
 # before it asks Xen to wait (SPIN_THRESHOLD), which takes 3 ms here.
 GRACE_NS: Final = 200_000
+# Who waits for another vCPU says PAUSE in his loop (cpu_relax). All of them take turns on one thread: after so many the
+# others have theirs, since what is waited for can't come before.
+PATIENCE: Final = 16
+ENDLESS: Final = 0x7FFFFFFF  # where nobody else is ready
 FOREVER: Final = 1 << 62
 
 
@@ -95,6 +99,7 @@ class RunLoop:
             if vcpu is not self._running_vcpu:
                 self._slice_end = min(self._slice_end, self.clock.now() + GRACE_NS)
                 if self._running is not None:
+                    self._running.engine.pauses = PATIENCE
                     self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
 
     def _shut_down(self, domain: Domain) -> None:
@@ -172,7 +177,7 @@ class RunLoop:
             self._slice_end = FOREVER
         self._slice_end = FOREVER if len(ready) == 1 else min(self._slice_end, now + SLICE_NS)
         assert self._last is not None
-        self._run_vcpu(self._last)
+        self._run_vcpu(self._last, ENDLESS if len(ready) == 1 else PATIENCE)
         return True
 
     def _turn_end(self) -> int:
@@ -180,12 +185,16 @@ class RunLoop:
         deadline = self.clock.next_deadline()
         return self._slice_end if deadline is None else min(self._slice_end, deadline)
 
-    def _run_vcpu(self, vcpu: Vcpu) -> None:
+    def _run_vcpu(self, vcpu: Vcpu, pauses: int) -> None:
         clock = self.clock
         until = self._turn_end()
         self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
+        engine = self._running.engine
+        engine.pauses = pauses
         try:
             self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
+            if engine.pauses <= 0:
+                self._slice_end = 0
         finally:
             self._running = self._running_vcpu = None
 

@@ -81,6 +81,7 @@ class Engine(Protocol):
     gs_base: int
     tsc_aux: int  # what RDTSCP puts in ECX
     cr0_ts: bool  # CR0.TS: the next FPU instruction raises #NM
+    pauses: int  # a run ends by itself after so many PAUSEs; what is left of them
     stop_at: int | None  # counter value (`counter()`) at which a run ends by itself; None: no limit
 
     @property

@@ -316,6 +316,14 @@ class UnicornEngine:
         self._uc.msr_write(MSR_TSC_AUX, value)
 
     @property
+    def pauses(self) -> int:
+        return self._state.pauses.value
+
+    @pauses.setter
+    def pauses(self, value: int) -> None:
+        self._state.pauses.value = value
+
+    @property
     def cr0_ts(self) -> bool:
         return bool(self._u64[layout.CR0 // 8] & CR0_TS)
 

@@ -45,6 +45,8 @@ _TLB_ENTRY = 64
 # In struct uc_struct the pointer to the TCGContext, and in that where the next translation goes.
 _TCG_CONTEXT, _CODE_GEN_PTR = 0x300, 0xC0
 
+MANY_PAUSES = 0x7FFFFFFF  # more than a run has
+
 _PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
 
 
@@ -132,6 +134,8 @@ class CpuState:
         # callback of hooked instructions, and a system call that meets a stop would not happen. cpu_exit alone has
         # the CPU loop left between two blocks, and re-entered. So on the way out of it, on the CPU's own thread, a few
         # instructions set the flag: they stand where CPUClass.cpu_exec_exit pointed, and go on there.
+        # PAUSE leaves the loop as well (do_pause), and hardly anything else does: so these count how often a guest waits
+        # for another CPU in vain, and `pauses` of them end the run.
         original = struct.pack("<Q", self._symbol("x86_cpu_exec_exit_x86_64"))
         with open("/proc/self/mem", "rb", buffering=0) as mem:
             (cpu_class,) = struct.unpack("<Q", os.pread(mem.fileno(), 8, self.cpu + _CPU_CLASS))
@@ -142,11 +146,14 @@ class CpuState:
             raise self._surprise("no place for a stop")
         (stop_request,) = struct.unpack_from("<i", emu_stop, at + 2)
         self._stop_wanted = ctypes.c_uint8(0)
+        self.pauses = ctypes.c_int32(MANY_PAUSES)
         assert self.handle.value is not None
         code = (
-            b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self._stop_wanted))  # mov rax, &stop_wanted
+            b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self.pauses))  # mov rax, &pauses
+            + b"\xff\x08\x74\x12"  # dec dword ptr [rax]; jz stop
+            + b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self._stop_wanted))  # mov rax, &stop_wanted
             + b"\x31\xc9\x86\x08\x84\xc9\x74\x0d"  # xor ecx, ecx; xchg [rax], cl; test cl, cl; jz original
-            + b"\x48\xb8" + struct.pack("<Q", self.handle.value + stop_request)  # mov rax, &uc->stop_request
+            + b"\x48\xb8" + struct.pack("<Q", self.handle.value + stop_request)  # stop: mov rax, &uc->stop_request
             + b"\xc6\x00\x01"  # mov byte ptr [rax], 1
             + b"\x48\xb8" + original + b"\xff\xe0"  # original: mov rax, original; jmp rax
         )  # fmt: skip
