@@ -103,11 +103,12 @@ def _check_watching(command: str | None, shell: bool, save: str | None, timeout:
 @click.option("--vcpus", type=click.IntRange(1, 32), help="Number of virtual CPUs. Default: 1.")
 @click.option("--disk", multiple=True, metavar="SPEC", help="A disk, as xl's disk=[...] has it: FILE,raw,xvda,rw")
 @click.option("--vif", multiple=True, metavar="SPEC", help="A network interface, as xl's vif=[...] has it.")
+@click.option("--nat", is_flag=True, help="A way to this machine's loopback on the guest's bridge (needs libslirp).")
 @click.option("--dom0", is_flag=True, help="KERNEL is domain 0 itself, privileged; no modelled one beside it.")
 @watching
 def boot(
     kernel: str | None, initrd: str | None, append: str, memory: int | None, vcpus: int | None, disk: tuple[str, ...],
-    vif: tuple[str, ...], dom0: bool, **watch: Any,
+    vif: tuple[str, ...], nat: bool, dom0: bool, **watch: Any,
 ) -> int:  # fmt: skip
     """Boot an unmodified x86-64 Xen PV kernel as a guest.
 
@@ -125,14 +126,22 @@ def boot(
     _check_watching(watch["command"], watch["shell"], watch["save"], watch["timeout"])
     if dom0 and (watch["command"] is not None or watch["shell"] or watch["dom0_interrupts"] or watch["xenstore"]):
         raise click.UsageError("--dom0 has a kernel's console only: no --exec, --shell, --dom0-interrupts, --xenstore")
-    if dom0 and (disk or vif):
-        raise click.UsageError("--dom0 has no backends: no --disk or --vif")
+    if dom0 and (disk or vif or nat):
+        raise click.UsageError("--dom0 has no backends: no --disk, --vif or --nat")
     from pvirq.cli.messages import Messages
     from pvirq.cli.session import Guests, Session, Watch
 
     say = Messages(watch.pop("quiet"))
     guests = Guests(
-        kernel=kernel, initrd=initrd, append=append, memory=memory, vcpus=vcpus, disks=disk, vifs=vif, dom0=dom0
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        vcpus=vcpus,
+        disks=disk,
+        vifs=vif,
+        nat=nat,
+        dom0=dom0,
     )
     return Session(Watch(**watch), say).boot(guests)
 

@@ -81,6 +81,7 @@ def run(args: list[str] | None = None) -> int:
 
 def _bad_input() -> tuple[type[Exception], ...]:
     """What a wrong kernel, initrd, option, scenario or cache raises."""
+    from pvirq.net.outside import OutsideError
     from pvirq.pv.restore import RestoreError
     from pvirq.scenario.schema import ScenarioError
     from pvirq.toolstack.cache import CacheError
@@ -90,8 +91,18 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from pvirq.toolstack.savefile import SaveFileError
     from pvirq.toolstack.xlcfg import ConfigError
 
-    own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError, RestoreError, SaveFileError, ConfigError)
-    return (*own, KernelNotFound, BusyboxNotFound, CacheError, FetchError, CpioError, ScenarioError)
+    own = (pvirq.ImageError, pvirq.BuildError, pvirq.EngineError, pvirq.XenError, RestoreError, SaveFileError)
+    return (
+        *own,
+        KernelNotFound,
+        BusyboxNotFound,
+        CacheError,
+        FetchError,
+        CpioError,
+        ScenarioError,
+        ConfigError,
+        OutsideError,
+    )
 
 
 def _with_hint(error: click.ClickException) -> str:

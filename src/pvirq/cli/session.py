@@ -55,6 +55,7 @@ class Guests:
     vcpus: int | None
     disks: tuple[str, ...]
     vifs: tuple[str, ...]
+    nat: bool
     dom0: bool
 
 
@@ -105,7 +106,11 @@ class Session:
         with Host(engine=options.engine, wallclock=time.time(), dom0=not guests.dom0) as host:
             for vif in config.vifs:
                 if vif.bridge not in host.backends.network.bridges:
-                    host.backends.network.add_bridge(vif.bridge)
+                    host.add_bridge(vif.bridge)
+            if guests.nat:
+                if not config.vifs:
+                    raise ConfigError("--nat: the guest has no interface; --vif gives it one")
+                host.nat(bridge=config.vifs[0].bridge)
             with Interrupts() as interrupts:
                 while True:
                     guest = host.create(replace(config), kernel=image, initrd=initrd)

@@ -134,8 +134,8 @@ class CpuState:
         # callback of hooked instructions, and a system call that meets a stop would not happen. cpu_exit alone has
         # the CPU loop left between two blocks, and re-entered. So on the way out of it, on the CPU's own thread, a few
         # instructions set the flag: they stand where CPUClass.cpu_exec_exit pointed, and go on there.
-        # PAUSE leaves the loop as well (do_pause), and hardly anything else does: so these count how often a guest waits
-        # for another CPU in vain, and `pauses` of them end the run.
+        # PAUSE leaves the loop as well (do_pause), and hardly anything else does: so these count how often a guest
+        # waits for another CPU in vain, and `pauses` of them end the run.
         original = struct.pack("<Q", self._symbol("x86_cpu_exec_exit_x86_64"))
         with open("/proc/self/mem", "rb", buffering=0) as mem:
             (cpu_class,) = struct.unpack("<Q", os.pread(mem.fileno(), 8, self.cpu + _CPU_CLASS))
