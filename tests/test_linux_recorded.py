@@ -6,6 +6,7 @@ xenstore, without the counts and what hangs on the run: pages, uuid, times, name
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Lab:
             if text(f"domU.{stage}.irqfiles") is not None:
                 mine.append((f"domU.{stage}.irqfiles", self.sh(IRQFILES)))
             assert host.settle(AT_REST_NS)
-            mine.append((f"{stage}.lsevtchn-domU", host.lsevtchn(1)))
+            mine.append((f"{stage}.lsevtchn-domU", host.lsevtchn(self.guest.domain.domid)))
         mine += [
             (f"{stage}.dom0.interrupts", host.dom0.proc_interrupts()),
             (f"{stage}.lsevtchn-0", host.lsevtchn(0)),
@@ -138,6 +139,14 @@ class Lab:
 @pytest.fixture(scope="module", params=RECORDS, ids=lambda record: record.directory)
 def lab(request: pytest.FixtureRequest, kernel_cloud: KernelChoice, busybox: Path) -> Iterator[Lab]:
     lab = Lab(request.param, kernel_cloud, busybox)
+    yield lab
+    lab.host.close()
+
+
+@pytest.fixture(scope="module")
+def managed(kernel_cloud: KernelChoice, busybox: Path) -> Iterator[Lab]:
+    """For what the toolstack does to a guest that runs."""
+    lab = Lab(Record("linux-recorded/2vcpu-toolstack", 2), kernel_cloud, busybox)
     yield lab
     lab.host.close()
 
@@ -262,3 +271,65 @@ def test_domain_0_after_it(lab: Lab) -> None:
     if lab.evbench is not None:
         lab.evbench.close()
     lab.assert_recorded("7-after")
+
+
+# -- what xl does to a guest, in the recording's order -----------------------------------------------------------------
+
+
+def test_up(managed: Lab) -> None:
+    # The recorded guest has nobody who brings a vCPU up that comes back.
+    managed.sh("for p in /proc/[0-9]*; do ! grep -q '[u]event' $p/cmdline || kill ${p#/proc/}; done")
+    managed.sh("for i in /drivers/*; do insmod $i; done; until [ -b /dev/xvda ]; do sleep 0.1; done")
+    managed.sh("until [ -d /sys/class/net/eth0 ]; do sleep 0.1; done; ip link set eth0 up; sleep 3")
+    managed.assert_recorded("3-up")
+
+
+def test_vcpu_set(managed: Lab) -> None:
+    assert managed.guest is not None
+    for count in (1, 2):
+        managed.host.set_vcpus(managed.guest, count)
+        managed.sh("sleep 3")
+        managed.assert_recorded(f"{11 + count}-vcpu-set-{count}")
+
+
+def test_block_attach_and_detach(managed: Lab) -> None:
+    host, guest = managed.host, managed.guest
+    assert guest is not None
+    host.backends.devices.add("/dev/loop1", MemoryStore(DISK_SECTORS))
+    host.attach_disk(guest, "xvdb", "/dev/loop1")
+    managed.sh("until [ -b /dev/xvdb ]; do sleep 0.1; done; sleep 2")
+    managed.assert_recorded("14-block-attach")
+    host.detach_disk(guest, "xvdb")
+    managed.sh("sleep 3")
+    managed.assert_recorded("15-block-detach")
+
+
+def test_network_attach_and_detach(managed: Lab) -> None:
+    host, guest = managed.host, managed.guest
+    assert guest is not None
+    host.attach_nic(guest, devid=1, mac="00:16:3e:00:00:02")
+    managed.sh("until [ -d /sys/class/net/eth1 ]; do sleep 0.1; done; sleep 2")
+    managed.assert_recorded("16-network-attach")
+    host.detach_nic(guest, 1)
+    managed.sh("sleep 3")
+    managed.assert_recorded("17-network-detach")
+
+
+def test_saved_and_restored(managed: Lab) -> None:
+    host, guest = managed.host, managed.guest
+    assert guest is not None
+    file = io.BytesIO()
+    host.save(guest, file)
+    managed.guest = None
+    managed.assert_recorded("19-saved")
+    file.seek(0)
+    managed.guest = host.restore(file)
+    assert managed.guest.domain.domid == 2
+    managed.sh("sleep 3")
+    managed.assert_recorded("20-restored")
+    managed.sh("dd if=/dev/xvda of=/dev/null bs=4k count=200 iflag=direct 2>/dev/null")
+    managed.assert_recorded("21-restored-used")
+
+
+def test_after_it(managed: Lab) -> None:
+    test_domain_0_after_it(managed)

@@ -111,10 +111,10 @@ class Guest:
     def revive(self, saved: SavedDomain) -> None:
         """Fill the domain with one that was saved, and connect it (as `xl restore` does). RestoreError."""
         self.machine.on_console_io = self.console.put_direct
+        self.restored = True
         self._open_ports()
         rings = restore.restore(self.machine, saved)
         self._connect(rings.store_mfn, rings.console_mfn)
-        self.restored = True
         self._waiting_for_agent = False  # who has one has said so long ago
 
     def _open_ports(self) -> None:
@@ -136,7 +136,7 @@ class Guest:
             toolstack.DomainInfo(
                 domain.domid, config.name, machine.frames * 4, len(domain.vcpus), config.vcpus, machine.store_port,
                 store_mfn, machine.console_port, console_mfn, kernel=config.kernel, ramdisk=config.ramdisk,
-                cmdline=config.cmdline, uuid=config.uuid, start_time=host.wallclock(),
+                cmdline=config.cmdline, uuid=config.uuid, start_time=host.wallclock(), restored=self.restored,
             ),
         )  # fmt: skip
 

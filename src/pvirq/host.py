@@ -292,6 +292,13 @@ class Host(RunLoop):
         self.backends.manager.attach_nic(domid, Nic(devid, mac, config.bridge, config.mtu))
         return DeviceRef(domid, "vif", devid)
 
+    def detach_nic(self, guest: Guest | ModelledGuest, devid: int = 0, *, force: bool = False) -> Completion[None]:
+        """Take a network interface away (xl network-detach); as `detach_disk`. XenError(ENOENT)."""
+        done = self.backends.manager.detach(DeviceRef(guest.domain.domid, "vif", devid), force=force)
+        numbered = [vif if vif.devid is not None else replace(vif, devid=i) for i, vif in enumerate(guest.config.vifs)]
+        guest.config.vifs = [vif for vif in numbered if vif.devid != devid]
+        return done
+
     # -- the ends of the network that are no domains -------------------------------------------------------------------
 
     def add_bridge(self, name: str = "xenbr0") -> Bridge:

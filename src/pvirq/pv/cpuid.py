@@ -28,8 +28,8 @@ LEAF1_ECX_HIDDEN: Final = _bits(2, 3, 5, 6, 12, 17, 21, 24, 26, 27, 28, 29, 30)
 HYPERVISOR_BIT: Final = 1 << 31
 # Leaf 1 EDX: VME, PSE, MCE, SYSENTER, MTRR, PGE, MCA, PSE36, DS, ACPI. None of it is the guest's. (The APIC is shown.)
 LEAF1_EDX_HIDDEN: Final = _bits(1, 3, 7, 11, 12, 13, 14, 17, 21, 22)
-# Leaf 7 EBX: only instructions that need no state or control register: BMI1, BMI2, ADX. Not ERMS, which says that REP MOVSB
-# is fast: an emulator moves a byte at a time, and a kernel that believes it spends eight times as long on each copy.
+# Leaf 7 EBX: only instructions that need no state or control register: BMI1, BMI2, ADX. Not ERMS, which says that REP
+# MOVSB is fast: an emulator moves a byte at a time, and a kernel that believes it takes eight times as long for a copy.
 LEAF7_EBX_SHOWN: Final = _bits(3, 8, 19)
 # Extended leaf 1: SVM, extended APIC space, IBS, SKINIT; and, repeated, the EDX bits of leaf 1, with 1 GiB pages.
 EXTENDED1_ECX_HIDDEN: Final = _bits(2, 3, 10, 12)

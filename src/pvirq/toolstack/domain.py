@@ -36,6 +36,7 @@ class DomainInfo:
     cmdline: str = ""
     uuid: str = field(default_factory=lambda: str(uuid.UUID(int=0)))
     start_time: float = 0.0  # Unix seconds at which it is created
+    restored: bool = False  # and so without files that it was booted from
 
 
 def write_dom0(store: Client) -> None:
@@ -101,12 +102,8 @@ def write_domain(store: Client, info: DomainInfo) -> None:
     node(f"{guest}/store/port", read_only, str(info.store_port))
     node(f"{guest}/store/ring-ref", read_only, str(info.store_mfn))
     node(f"{vm}/image", read_only)
-    for key, text in (
-        ("ostype", "linux"),
-        ("kernel", info.kernel),
-        ("ramdisk", info.ramdisk),
-        ("cmdline", info.cmdline),
-    ):
+    files = {} if info.restored else {"kernel": info.kernel, "ramdisk": info.ramdisk, "cmdline": info.cmdline}
+    for key, text in {"ostype": "linux", **files}.items():
         node(f"{vm}/image/{key}", read_only, text)
     node(f"{vm}/start_time", read_only, f"{info.start_time:.2f}")
     _write_console(store, info, guest, libxl)

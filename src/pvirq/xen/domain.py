@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from pvirq.abi.errno import Errno, XenError
@@ -244,6 +245,7 @@ class Hypervisor:
         self.global_virq_handlers: dict[int, Domain] = {}  # virq -> domain; domain 0 where absent
         self.on_wake: Callable[[Vcpu], None] = lambda vcpu: None
         self.on_shutdown: Callable[[Domain], None] = lambda domain: None
+        self._rover = 0
         self.cpus = 0  # physical ones; 0: as many as domain 0 has
 
     @cached_property
@@ -273,9 +275,13 @@ class Hypervisor:
         max_evtchns: int = -1,
         word_bits: int = 64,
     ) -> Domain:
-        """Add a domain under `domid`, or the next free id from 1 up. XenError(EEXIST) where the id is taken."""
+        """Add a domain under `domid`, or the next free id behind the last that was given so (do_domctl's rover).
+
+        XenError(EEXIST) where the id is taken.
+        """
         if domid is None:
-            domid = next(i for i in range(1, DOMID_FIRST_RESERVED) if i not in self.domains and i not in self.zombies)
+            ids = chain(range(self._rover + 1, DOMID_FIRST_RESERVED), range(1, self._rover + 1))
+            domid = self._rover = next(i for i in ids if not self.domain_or_zombie(i))
         if self.domain_or_zombie(domid):
             raise XenError(Errno.EEXIST, f"domain {domid} exists")
         domain = Domain(self, domid, privileged=privileged, vcpus=vcpus, max_evtchns=max_evtchns, word_bits=word_bits)
