@@ -113,8 +113,8 @@ def changed(**changes: object) -> io.BytesIO:
     [
         io.BytesIO(b"no zip"), changed(format="pvirq host 9"), changed(guests=1), changed(dom0_kernel="minix"),
         changed(hardware="toaster"), changed(bridges=5), changed(devices=[{"name": "/dev/ram0"}]),
-        changed(devices=[{"name": "/dev/ram0", "sectors": 8, "hardware": False}]),
-        changed(devices=[{"name": "/dev/none", "sectors": 8, "hardware": True}]),
+        changed(devices=[{"name": "/dev/ram0", "sectors": 8, "hardware": False, "written": [0]}]),
+        changed(devices=[{"name": "/dev/none", "sectors": 8, "hardware": True, "written": []}]),
     ],
 )  # fmt: skip
 def test_damaged_files(file: io.BytesIO) -> None:

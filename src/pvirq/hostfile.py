@@ -4,7 +4,8 @@ As when a Xen machine is shut down with its guests saved (xendomains), domain 0 
 guests are restored into it. So all guests have to be ones that suspend: a modelled guest, whose kernel is a Python
 object, can't be saved.
 
-The file is a zip: host.json, guests/NUMBER.save, devices/NUMBER with sectors.
+The file is a zip: host.json, guests/NUMBER as `xl save` writes them, devices/NUMBER with those pieces of a disk that
+aren't all zeros; host.json says which they are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pvirq.toolstack.savefile import SaveFileError
 
 FORMAT: Final = "pvirq host 1"
 PIECE_SECTORS: Final = (1 << 20) // SECTOR
-# A guest's pages are stored as they are, so that restoring them takes no time; disks are mostly zeros.
+ZEROS: Final = bytes(PIECE_SECTORS * SECTOR)
+# A guest's pages are stored as they are, so that restoring them takes no time.
 COMPRESSION: Final = {"guests": zipfile.ZIP_STORED, "devices": zipfile.ZIP_DEFLATED}
 
 
@@ -64,12 +66,17 @@ def save_host(host: Host, file: str | os.PathLike[str] | BinaryIO, *, checkpoint
 
 
 def _write(host: Host, archive: zipfile.ZipFile) -> None:
-    devices = []
+    devices: list[dict[str, Any]] = []
     for name, store in _volatile(host):
-        devices.append({"name": name, "sectors": store.sectors, "hardware": isinstance(store, BlockDriver)})
-        with _member(archive, "devices", len(devices) - 1, "w") as member:
+        written = []
+        with _member(archive, "devices", len(devices), "w") as member:
             for first, count in _pieces(store.sectors):
-                member.write(_read(store, first, count))
+                data = _read(store, first, count)
+                if data != ZEROS[: len(data)]:
+                    written.append(first)
+                    member.write(data)
+        hardware = isinstance(store, BlockDriver)
+        devices.append({"name": name, "sectors": store.sectors, "hardware": hardware, "written": written})
     for number, guest in enumerate(host.guests):
         with _member(archive, "guests", number, "w") as member:
             savefile.write(member, guest.config, save.save(guest.machine))
@@ -119,12 +126,12 @@ def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: 
             store = MemoryStore(sectors)
             host.backends.devices.add(name, store)
         with _member(archive, "devices", number, "r") as member:
-            for first, count in _pieces(sectors):
+            for first in device["written"]:
+                count = min(PIECE_SECTORS, sectors - first)
                 data = member.read(count * SECTOR)
-                if len(data) != count * SECTOR:
+                if first < 0 or count <= 0 or len(data) != count * SECTOR:
                     raise HostFileError(f"{name}: its sectors are cut short")
-                if data.strip(b"\0"):  # what was never written takes no memory here either
-                    _put(store, first, data)
+                _put(store, first, data)
     if prepare is not None:
         prepare(host)
     for number in range(about["guests"]):
