@@ -11,6 +11,7 @@ import pytest
 from pvirq import Guest, Host
 from pvirq.hardware.disk import BlockDriver
 from pvirq.hardware.nic import NicDriver
+from pvirq.linux.kthread import Body
 from pvirq.toolstack import modules
 from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
@@ -93,6 +94,32 @@ def test_frames_reach_the_wire(host: Host, guest: Guest) -> None:
     sh(guest, "(ping -c 3 -W 1 10.0.0.1 >/dev/null 2>&1 &)")
     nic.wire.send(reply.ljust(60, b"\0"))
     assert "02:00:00:00:00:0a" in sh(guest, "sleep 1; cat /proc/net/arp")
+
+
+def test_modelled_guests_beside_it(host: Host, guest: Guest) -> None:
+    """They share domain 0, its disks and its bridge with the real one, at the same time."""
+    model = host.model("2.6.18", name="model")
+    host.attach_disk(model, "xvda", "/dev/ata2", readonly=True)
+    host.attach_nic(model, mac="00:16:3e:00:00:77")
+    seen: list[bytes] = []
+
+    def work() -> Body[bytes]:
+        disk = yield from model.wait_disk("xvda")
+        nic = yield from model.wait_nic()
+        nic.on_receive = lambda skb: seen.append(skb.data)
+        return (yield from disk.read(8, 8))
+
+    reading = model.kernel.spawn("reader", work())
+    sh(guest, "ip link set eth0 up; for i in 1 2 3 4 5 6 7 8; do dd if=/dev/xvdb of=/dev/null bs=4k count=8 "
+       "iflag=direct 2>/dev/null; ping -c 1 -W 1 10.0.0.77 > /dev/null 2>&1; done; true")  # fmt: skip
+    assert host.run(lambda: reading.done, 10**10)
+    assert len(reading.result()) == 8 * 512
+    # The real one's questions for an address reach it over the bridge.
+    mac = bytes.fromhex(sh(guest, "cat /sys/class/net/eth0/address").strip().replace(":", ""))
+    assert any(data[6:12] == mac and data[12:14] == ARP.to_bytes(2, "big") for data in seen)
+    assert "blkif" in model.proc_interrupts()
+    host.destroy(model)
+    assert guest.run("dd if=/dev/xvdb of=/dev/null bs=4k count=8 iflag=direct").status == 0
 
 
 def test_domain_0_is_as_before_when_the_guest_has_ended(host: Host, guest: Guest) -> None:
