@@ -14,7 +14,7 @@ run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

@@ -36,6 +36,7 @@ from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
+from pvirq.pv.save import SavedDomain
 from pvirq.runloop import RunLoop
 from pvirq.toolstack import control, savefile
 from pvirq.toolstack import domain as toolstack
@@ -198,6 +199,10 @@ class Host(RunLoop):
             config, saved = savefile.read(source)
         if name is not None:
             config.name = name
+        return self.revive(config, saved)
+
+    def revive(self, config: DomainConfig, saved: SavedDomain) -> Guest:
+        """`restore` of what has been read (`pvirq.toolstack.savefile.read`). Bridges that it names must exist."""
         guest = self._new_guest(config, len(saved.pfns) << PAGE_SHIFT)
         try:
             guest.revive(saved)

@@ -29,7 +29,7 @@ from pvirq.engine import EngineError
 from pvirq.guest import Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
 from pvirq.host import Host
 from pvirq.pv.symbols import symbols_for
-from pvirq.toolstack import xlcfg
+from pvirq.toolstack import savefile, xlcfg
 from pvirq.toolstack.config import Action, DomainConfig
 from pvirq.toolstack.xlcfg import ConfigError
 from pvirq.xen.timer import NS_PER_S
@@ -104,9 +104,7 @@ class Session:
         if images.is_linux(image):
             config.cmdline = images.command_line(wanted.cmdline, options.mode, bool(wanted.ramdisk), size)
         with Host(engine=options.engine, wallclock=time.time(), dom0=not guests.dom0) as host:
-            for vif in config.vifs:
-                if vif.bridge not in host.backends.network.bridges:
-                    host.add_bridge(vif.bridge)
+            _make_bridges(host, config)
             if guests.nat:
                 if not config.vifs:
                     raise ConfigError("--nat: the guest has no interface; --vif gives it one")
@@ -150,8 +148,11 @@ class Session:
     def restore(self, path: str) -> int:
         """The same for a guest from a file."""
         options = self.options
+        with open(path, "rb") as file:
+            config, saved = savefile.read(file)
         with Host(engine=options.engine, wallclock=time.time()) as host:
-            guest = host.restore(path)
+            _make_bridges(host, config)
+            guest = host.revive(config, saved)
             if options.mode and f"pvirq={options.mode}" not in guest.config.cmdline.split():
                 self.say.error(f"{guest.name} was booted without --{'exec' if options.mode == 'agent' else 'shell'}")
                 return EXIT_ENDED
@@ -300,6 +301,13 @@ class Session:
         self.say.text(crash.report(guest, f"pvirq: {why}", symbols))
         self._views(guest.host)
         return status
+
+
+def _make_bridges(host: Host, config: DomainConfig) -> None:
+    """Those that a guest's interfaces are to be on."""
+    for vif in config.vifs:
+        if vif.bridge not in host.backends.network.bridges:
+            host.add_bridge(vif.bridge)
 
 
 def _spec(option: str, text: str, parse: Callable[[str], T]) -> T:
