@@ -653,6 +653,24 @@ def test_save_and_restore(bench: Bench) -> None:
     assert bench.memory[DATA_PA + 24] == 1
 
 
+def test_so_many_pauses_end_a_run(bench: Bench) -> None:
+    """Exactly at one of them, and going on repeats none; without a limit they cost a run nothing."""
+    # mov ecx, 100; loop: pause; inc eax; dec ecx; jnz loop; syscall
+    bench.put(bytes.fromhex("b964000000 f390 ffc0 ffc9 75f8") + SYSCALL)
+    regs = bench.regs
+    regs[RIP], regs[RAX] = CODE, 0
+    for done in (29, 59, 89):
+        bench.engine.pauses = 30
+        bench.engine.run()
+        assert bench.engine.pauses == 0
+        assert regs[RAX] in (done, done + 1)  # stopped at the 30th, whose block goes on when the run does
+        assert not bench.events
+    bench.engine.pauses = 1000
+    bench.engine.run()
+    assert (regs[RAX], bench.events[0][0]) == (100, "syscall")
+    assert 1000 - bench.engine.pauses in range(9, 14)
+
+
 def test_the_fpu_state_is_what_fxsave_writes(bench: Bench) -> None:
     """And what is loaded can be used: another engine goes on with the same stack of numbers."""
     # fninit; fld1; fldpi; fldl2e; movq xmm3, rax; movq xmm15, rbx; fxsave64 [rdi]; syscall

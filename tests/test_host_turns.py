@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pvirq import Host
-from pvirq.runloop import GRACE_NS, SLICE_NS
+from pvirq.runloop import GRACE_NS, PATIENCE, SLICE_NS
 from pvirq.xen.domain import Domain, Vcpu
 
 STEP_NS = 1_000
@@ -20,6 +20,13 @@ class Engine:
         self.count = 0
         self.stopped = False
         self.stop_at: int | None = None
+        self.pauses = 0
+
+    def pause(self) -> None:
+        """The guest executes PAUSE."""
+        self.pauses -= 1
+        if not self.pauses:
+            self.stop()
 
     def stop(self) -> None:
         self.stopped = True
@@ -90,6 +97,20 @@ def test_one_that_is_alone_runs_on(host: Host, machine: Machine) -> None:
     assert machine.turns[0][1] > 2 * SLICE_NS
 
 
+def test_who_waits_in_a_loop_gives_way(host: Host, machine: Machine) -> None:
+    # The other one's turn lasts as long as ever; and where there is nobody else, the loop goes on.
+    first, second = machine.domain.vcpus
+    machine.work = lambda vcpu: vcpu is first and machine.engine.pause()
+    host.run(lambda: len(machine.turns) == 6)
+    for vcpu, ns in machine.turns:
+        assert near(ns, PATIENCE * STEP_NS if vcpu == 0 else SLICE_NS)
+    assert [vcpu for vcpu, _ in machine.turns[:4]] in ([0, 1, 0, 1], [1, 0, 1, 0])
+    second.blocked = True
+    machine.turns.clear()
+    host.run(lambda: len(machine.turns) == 1)
+    assert machine.turns[0][1] > 2 * SLICE_NS
+
+
 def test_who_wakes_another_goes_on_for_a_while(host: Host, machine: Machine) -> None:
     # It may hold a lock that the other one takes first of all.
     first, second = machine.domain.vcpus
@@ -143,3 +164,22 @@ def test_domain_0_answers_and_wakes_the_other(host: Host, machine: Machine) -> N
     host.run(lambda: len(machine.turns) == 3)
     assert [vcpu for vcpu, _ in machine.turns] == [0, 0, 1]
     assert near(machine.turns[1][1], GRACE_NS)
+
+
+def test_what_a_handler_raises_costs_nobody_his_turn() -> None:
+    """It comes out of `run`; whoever was woken together with that vCPU has his turn when the host runs again."""
+    with Host(dom0_vcpus=2) as host:
+        done: list[str] = []
+
+        def fail() -> None:
+            raise RuntimeError("of the user's")
+
+        guests = [host.model(name=name) for name in ("a", "b", "c")]
+        assert host.settle()
+        guests[0].kernel.queue_work(lambda: done.append("a"))
+        guests[1].kernel.queue_work(fail)
+        guests[2].kernel.queue_work(lambda: done.append("c"))
+        with pytest.raises(RuntimeError, match="of the user's"):
+            host.settle()
+        host.settle()
+        assert sorted(done) == ["a", "c"]

@@ -162,10 +162,14 @@ class RunLoop:
             # Those that these wake in turn come next time: `until` and the clock are looked at in between.
             woken, self._woken = self._woken, {}
             kernels = self._kernels
-            for vcpu in woken:
-                domain = vcpu.domain
-                if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
-                    kernels[domain.domid].run(vcpu)
+            try:
+                for vcpu in woken:
+                    domain = vcpu.domain
+                    if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
+                        kernels[domain.domid].run(vcpu)
+            except BaseException:  # a handler of the user's raises: the others' turns aren't lost with that
+                self._woken = woken | self._woken
+                raise
             return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:
