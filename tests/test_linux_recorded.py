@@ -177,10 +177,10 @@ def rows(text: str) -> list[tuple[str, int, str]]:
 def dump(text: str) -> str:
     """The 'e' dump. A masked IPI (a spinlock's, taken by polling) may have been sent, and a timer just be due.
 
-    As may domain 0's console, by which the recorder asked.
+    As may an IPI of domain 0's, which was at work when it asked, and its console, by which the recorder did.
     """
     text = re.sub(r"\[\d/1/", "[x/1/", text)
-    return re.sub(r"\[\d/0/  ..  \](?=: s=5 .* v=[02]$)", "[x/0/  x   ]", text, flags=re.MULTILINE)
+    return re.sub(r"\[\d/0/  ..  \](?=: s=(?:6 |5 .* v=[02]$))", "[x/0/  x   ]", text, flags=re.MULTILINE)
 
 
 def tree(text: str) -> list[str]:

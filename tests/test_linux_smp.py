@@ -11,6 +11,7 @@ import pytest
 
 from pvirq import Guest, Host
 from pvirq.abi.vcpu import RUNSTATE_offline, RUNSTATE_runnable
+from pvirq.runloop import ENDLESS
 from pvirq.toolstack import modules
 from pvirq.toolstack.control import ControlError
 from pvirq.toolstack.initrd import default_initrd
@@ -198,6 +199,7 @@ def test_contended_locks_sleep_and_kick(
     monkeypatch.setattr(sched, "poll", counting_poll)
     monkeypatch.setattr(evtchn, "send", counting_send)
     with Host() as host:
+        host.patience = ENDLESS  # or who waits would give way long before Linux has him sleep
         guest = host.boot(kernel_cloud.path, initrd=initrd, append=APPEND, vcpus=4)
         guest.await_agent()
         loop = "i=0; while [ $i -lt 20 ]; do (:); i=$((i + 1)); done"

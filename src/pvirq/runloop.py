@@ -36,7 +36,8 @@ class RunLoop:
     user, in real time. `outside` has what lives in real time anyway, such as a tap device: while one of them is
     awaited, the host waits for it in truth; an `idle` of one's own then has `outside.filenos` to look at as well.
     `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least while a guest works;
-    what it raises ends `run`.
+    what it raises ends `run`. `patience` is how many PAUSEs a vCPU has in its turn while another is ready; with
+    `ENDLESS` it spins as on a CPU of its own, until Linux has it wait in SCHEDOP_poll.
     """
 
     def __init__(self, hypervisor: Hypervisor) -> None:
@@ -45,6 +46,7 @@ class RunLoop:
         self.idle: Callable[[int | None], int] | None = None
         self.on_turn: Callable[[], None] | None = None
         self.outside = Outside()
+        self.patience = PATIENCE
         self._machines: dict[int, PvGuest] = {}  # of real guests
         self._kernels: dict[int, Kernel[Any]] = {}  # of modelled domains
         self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
@@ -99,7 +101,7 @@ class RunLoop:
             if vcpu is not self._running_vcpu:
                 self._slice_end = min(self._slice_end, self.clock.now() + GRACE_NS)
                 if self._running is not None:
-                    self._running.engine.pauses = PATIENCE
+                    self._running.engine.pauses = self.patience
                     self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
 
     def _shut_down(self, domain: Domain) -> None:
@@ -181,7 +183,7 @@ class RunLoop:
             self._slice_end = FOREVER
         self._slice_end = FOREVER if len(ready) == 1 else min(self._slice_end, now + SLICE_NS)
         assert self._last is not None
-        self._run_vcpu(self._last, ENDLESS if len(ready) == 1 else PATIENCE)
+        self._run_vcpu(self._last, ENDLESS if len(ready) == 1 else self.patience)
         return True
 
     def _turn_end(self) -> int:
