@@ -45,7 +45,7 @@ def test_default(busybox: Path) -> None:
     assert (entries["dev/console"].rdev, stat.S_ISCHR(entries["dev/console"].mode)) == ((5, 1), True)
     assert {"proc", "sys", "tmp", "etc/passwd", "sbin", "usr/bin"} <= set(entries)
     assert "pvirq/modules" not in entries
-    assert len(archive) < 10_000 + len(BUSYBOX)
+    assert len(archive) < 12_000 + len(BUSYBOX)
 
 
 def test_links_are_made_at_boot_where_the_shell_needs_them(busybox: Path) -> None:

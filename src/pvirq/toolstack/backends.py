@@ -58,9 +58,7 @@ class Backends:
         ref = DeviceRef(domid, "vbd", disk.devid)
         manager.check_free(ref)
         path = os.fspath(device) if isinstance(device, (str, os.PathLike)) else ""
-        here = os.path.exists(path)
-        # A device that domain 0 hasn't is for the hotplug script to find out.
-        known = devices.number(path) is not None or (path.startswith("/dev/") and not here)
+        known = devices.number(path) is not None
         if (known or not path) and (format not in ("", "raw") or cache != "none"):
             raise XenError(Errno.EINVAL, f"Disk vdev={vdev}: format and cache are for images")
         if known:
@@ -70,7 +68,7 @@ class Backends:
             name = devices.add_free("ram", device)
             manager.attach_disk(domid, replace(disk, params=name), on_gone=lambda: devices.remove(name))
             return ref
-        if not here:
+        if not os.path.exists(path):
             raise XenError(Errno.ENOENT, f"Disk vdev={vdev} failed to stat: {path}: {os.strerror(Errno.ENOENT)}")
         image = open_image(path, readonly=readonly, format=format, cache=cache)
         if format in ("", "raw"):
