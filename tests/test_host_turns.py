@@ -8,6 +8,7 @@ import pytest
 
 from pvirq import Host
 from pvirq.runloop import GRACE_NS, PATIENCE, SLICE_NS
+from pvirq.xen import sched
 from pvirq.xen.domain import Domain, Vcpu
 
 STEP_NS = 1_000
@@ -109,6 +110,19 @@ def test_who_waits_in_a_loop_gives_way(host: Host, machine: Machine) -> None:
     machine.turns.clear()
     host.run(lambda: len(machine.turns) == 1)
     assert machine.turns[0][1] > 2 * SLICE_NS
+
+
+def test_who_yields_gives_way(host: Host, machine: Machine) -> None:
+    def work(vcpu: Vcpu) -> None:
+        if vcpu.vcpu_id == 0:
+            sched.do_yield(vcpu)
+            machine.engine.stop()
+
+    machine.work = work
+    host.run(lambda: len(machine.turns) == 6)
+    for vcpu, ns in machine.turns:
+        assert near(ns, STEP_NS if vcpu == 0 else SLICE_NS)
+    assert [vcpu for vcpu, _ in machine.turns[:4]] in ([0, 1, 0, 1], [1, 0, 1, 0])
 
 
 def test_who_wakes_another_goes_on_for_a_while(host: Host, machine: Machine) -> None:

@@ -199,7 +199,8 @@ class RunLoop:
         engine.pauses = pauses
         try:
             self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
-            if engine.pauses <= 0:
+            if engine.pauses <= 0 or vcpu.yielded:
+                vcpu.yielded = False
                 self._slice_end = 0
         finally:
             self._running = self._running_vcpu = None

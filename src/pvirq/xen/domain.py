@@ -44,7 +44,7 @@ class Vcpu:
 
     __slots__ = (
         "blocked", "domain", "info", "periodic_last", "periodic_ns", "periodic_timer", "pinned", "poll_port",
-        "poll_timer", "polling", "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn",
+        "poll_timer", "polling", "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn", "yielded",
     )  # fmt: skip
 
     def __init__(self, domain: Domain, vcpu_id: int) -> None:
@@ -56,6 +56,7 @@ class Vcpu:
         self.polling = False
         self.poll_port = 0  # 0: none, -1: several, else the one polled (struct vcpu's poll_evtchn)
         self.poll_timer: Timer | None = None
+        self.yielded = False  # it wants another to have its turn; who gives turns takes this back
         self.pinned = False  # SCHEDOP_pin_override holds it on a physical CPU
         self.virq_to_evtchn = [0] * NR_VIRQS
         self.periodic_ns = 0

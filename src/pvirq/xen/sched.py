@@ -50,7 +50,8 @@ def block(vcpu: Vcpu) -> None:
 
 
 def do_yield(vcpu: Vcpu) -> None:
-    """SCHEDOP_yield: nothing to keep; the host gives the next runnable vCPU its turn (vcpu_yield)."""
+    """SCHEDOP_yield: the next runnable vCPU has its turn (vcpu_yield)."""
+    vcpu.yielded = True
 
 
 def poll(vcpu: Vcpu, nr_ports: int, port_at: Callable[[int], int], timeout_ns: int) -> None:
