@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ _same = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], de
 settings.register_profile("pvirq", _same)
 settings.register_profile("fuzz", _same, derandomize=False, print_blob=True)
 settings.load_profile("pvirq")
+
+# What a shell without job control runs in the background ignores SIGINT, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _kernel(flavour: str) -> KernelChoice:
