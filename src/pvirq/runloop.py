@@ -20,7 +20,7 @@ SLICE_NS: Final = 5_000_000
 # How long it still runs when it, or domain 0 on its behalf, has woken another. Who sends an event mostly holds a lock
 # just then that the receiver wants, and the one would be stopped while the other spins for it: Linux spins 32768 times
 # before it asks Xen to wait (SPIN_THRESHOLD), which takes 3 ms here.
-GRACE_NS: Final = 200_000
+GRACE_NS: Final = 1_000_000
 # Who waits for another vCPU says PAUSE in his loop (cpu_relax). All of them take turns on one thread: after so many the
 # others have theirs, since what is waited for can't come before.
 PATIENCE: Final = 16
