@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,22 +16,12 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers import filestore
 from pvirq.drivers.blockstore import Discards, Flushes, InPlace
 from pvirq.drivers.filestore import FileStore
-
-SECTORS = 64
+from storelib import SECTORS, ask, new_image
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(range(256)) * 2 * SECTORS)
-    return path
-
-
-def ask(call: Any, *args: Any) -> Errno | None:
-    results: list[Errno | None] = []
-    call(*args, lambda _data, error: results.append(error))
-    (error,) = results
-    return error
+    return new_image(tmp_path)
 
 
 def test_data_goes_in_place_and_into_the_file(image: Path) -> None:

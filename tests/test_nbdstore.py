@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,16 +19,10 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers.nbdstore import NbdStore
 from pvirq.toolstack import diskimage
 from pvirq.toolstack.diskimage import open_image, sniff_format
+from storelib import ask
 
 MIB = 1 << 20
 HELLO = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
-
-
-def ask(call: Any, *args: Any) -> Errno | None:
-    results: list[Errno | None] = []
-    call(*args, lambda _data, error: results.append(error))
-    (error,) = results
-    return error
 
 
 def receive(connection: socket.socket, size: int) -> bytes:

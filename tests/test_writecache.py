@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,22 +11,12 @@ from hypothesis import strategies as st
 from pvirq.abi.errno import Errno
 from pvirq.drivers.filestore import FileStore
 from pvirq.drivers.writecache import WriteCache
-
-SECTORS = 64
+from storelib import ask, new_image
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(range(256)) * 2 * SECTORS)
-    return path
-
-
-def ask(call: Any, *args: Any) -> Errno | None:
-    results: list[Errno | None] = []
-    call(*args, lambda _data, error: results.append(error))
-    (error,) = results
-    return error
+    return new_image(tmp_path)
 
 
 @given(

@@ -361,8 +361,7 @@ class Host(RunLoop):
 
     def _put_on(self, bridge: str, interface: Interface, outsider: Outsider | None = None) -> None:
         network = self.backends.network
-        if bridge not in network.bridges:
-            network.add_bridge(bridge)
+        network.need_bridge(bridge)
         try:
             network.add(interface, bridge)
         except XenError:
@@ -382,10 +381,7 @@ class Host(RunLoop):
         """Let a paused guest go on; nothing happens to one that has ended (xl unpause)."""
         domain = guest.domain
         if domain.shutdown_reason is None and not domain.dying:
-            domain.paused = False
-            for vcpu in domain.vcpus:
-                if vcpu.runnable:
-                    self._wake(vcpu)  # what woke it while it was paused was in vain
+            domain.unpause()
 
     def shutdown(
         self, guest: Guest | ModelledGuest, how: str = "poweroff", timeout: float | None = control.ACKNOWLEDGE_S

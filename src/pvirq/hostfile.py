@@ -10,12 +10,11 @@ aren't all zeros; host.json says which they are.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from pvirq.drivers.blockstore import SECTOR, BlockStore, MemoryStore
 from pvirq.guest import Guest
@@ -24,7 +23,6 @@ from pvirq.hardware.disk import BlockDriver
 from pvirq.host import Host
 from pvirq.pv import save
 from pvirq.toolstack import savefile
-from pvirq.toolstack.savefile import SaveFileError
 
 FORMAT: Final = "pvirq host 1"
 PIECE_SECTORS: Final = (1 << 20) // SECTOR
@@ -69,7 +67,7 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
     devices: list[dict[str, Any]] = []
     for name, store in _volatile(host):
         written = []
-        with _member(archive, "devices", len(devices), "w") as member:
+        with _member(archive, "devices", len(devices)) as member:
             for first, count in _pieces(store.sectors):
                 data = _read(store, first, count)
                 if data != ZEROS[: len(data)]:
@@ -78,7 +76,7 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
         hardware = isinstance(store, BlockDriver)
         devices.append({"name": name, "sectors": store.sectors, "hardware": hardware, "written": written})
     for number, guest in enumerate(host.guests):
-        with _member(archive, "guests", number, "w") as member:
+        with _member(archive, "guests", number) as member:
             savefile.write(member, guest.config, save.save(guest.machine))
     about = {
         "format": FORMAT, "wallclock": host.wallclock(), "engine": host.engine_name,
@@ -115,8 +113,7 @@ def restore_host(file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[
 
 def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: Callable[[Host], None] | None) -> None:
     for bridge in about["bridges"]:
-        if bridge not in host.backends.network.bridges:
-            host.add_bridge(bridge)
+        host.backends.network.need_bridge(bridge)
     for number, device in enumerate(about["devices"]):
         name, sectors = device["name"], device["sectors"]
         store: BlockStore
@@ -125,7 +122,7 @@ def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: 
         else:
             store = MemoryStore(sectors)
             host.backends.devices.add(name, store)
-        with _member(archive, "devices", number, "r") as member:
+        with archive.open(f"devices/{number}") as member:
             for first in device["written"]:
                 count = min(PIECE_SECTORS, sectors - first)
                 data = member.read(count * SECTOR)
@@ -135,13 +132,12 @@ def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: 
     if prepare is not None:
         prepare(host)
     for number in range(about["guests"]):
-        with _member(archive, "guests", number, "r") as member:
-            host.restore(io.BufferedReader(member))
+        with archive.open(f"guests/{number}") as member:
+            host.restore(cast(BinaryIO, member))
 
 
-def _member(archive: zipfile.ZipFile, kind: str, number: int, mode: str) -> Any:
-    if mode == "r":
-        return archive.open(f"{kind}/{number}")
+def _member(archive: zipfile.ZipFile, kind: str, number: int) -> Any:
+    """A new member, to be written."""
     info = zipfile.ZipInfo(f"{kind}/{number}")
     info.compress_type = COMPRESSION[kind]
     return archive.open(info, "w", force_zip64=True)
@@ -175,7 +171,4 @@ def _put(store: BlockStore, first: int, data: bytes) -> None:
     if isinstance(store, BlockDriver):
         store.medium.write(first, data)
     elif isinstance(store, MemoryStore):
-        store.data[first * SECTOR : first * SECTOR + len(data)] = data
-
-
-__all__ = ["HostFileError", "SaveFileError", "restore_host", "save_host"]
+        store.writev(first, [memoryview(data)])

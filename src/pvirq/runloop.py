@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from pvirq.abi.xen import VIRQ_DOM_EXC
+from pvirq.engine.protocol import MANY_PAUSES
 from pvirq.guest import HostStuck
 from pvirq.linux.kernel import Kernel
 from pvirq.net.outside import Outside
@@ -19,12 +20,12 @@ from pvirq.xen.timer import NS_PER_S
 SLICE_NS: Final = 5_000_000
 # How long it still runs when it, or domain 0 on its behalf, has woken another. Who sends an event mostly holds a lock
 # just then that the receiver wants, and the one would be stopped while the other spins for it: Linux spins 32768 times
-# before it asks Xen to wait (SPIN_THRESHOLD), which takes 3 ms here.
+# before it asks Xen to wait (SPIN_THRESHOLD), which takes 3 ms here. And what else it has to send goes with it.
 GRACE_NS: Final = 1_000_000
 # Who waits for another vCPU says PAUSE in his loop (cpu_relax). All of them take turns on one thread: after so many the
 # others have theirs, since what is waited for can't come before.
 PATIENCE: Final = 16
-ENDLESS: Final = 0x7FFFFFFF  # where nobody else is ready
+ENDLESS: Final = MANY_PAUSES  # where nobody else is ready
 FOREVER: Final = 1 << 62
 
 

@@ -306,8 +306,7 @@ class Session:
 def _make_bridges(host: Host, config: DomainConfig) -> None:
     """Those that a guest's interfaces are to be on."""
     for vif in config.vifs:
-        if vif.bridge not in host.backends.network.bridges:
-            host.add_bridge(vif.bridge)
+        host.backends.network.need_bridge(vif.bridge)
 
 
 def _spec(option: str, text: str, parse: Callable[[str], T]) -> T:

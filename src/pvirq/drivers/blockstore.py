@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Final, Protocol, runtime_checkable
 
 from pvirq.abi.errno import Errno
@@ -87,26 +88,28 @@ class MemoryStore(InPlaceStore):
         self.flushes = 0
         self._view = memoryview(self.data)
 
-    def readv(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
+    def _places(self, sector: int, buffers: Sequence[memoryview]) -> list[memoryview] | None:
+        """Where in memory the sectors of each buffer are; None where some of them are nowhere."""
         view, at = self._view, sector * SECTOR
-        end = at + sum(map(len, buffers))
-        if at < 0 or end > len(view):
+        ends = list(accumulate(map(len, buffers), initial=at))
+        if at < 0 or ends[-1] > len(view):
+            return None
+        return [view[start:end] for start, end in pairwise(ends)]
+
+    def readv(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
+        places = self._places(sector, buffers)
+        if places is None:
             return Errno.EIO
-        for buffer in buffers:
-            size = len(buffer)
-            buffer[:] = view[at : at + size]
-            at += size
+        for buffer, place in zip(buffers, places, strict=True):
+            buffer[:] = place
         return None
 
     def writev(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
-        view, at = self._view, sector * SECTOR
-        end = at + sum(map(len, buffers))
-        if at < 0 or end > len(view):
+        places = self._places(sector, buffers)
+        if places is None:
             return Errno.EIO
-        for buffer in buffers:
-            size = len(buffer)
-            view[at : at + size] = buffer
-            at += size
+        for buffer, place in zip(buffers, places, strict=True):
+            place[:] = buffer
         return None
 
     def flush(self, done: Done) -> None:

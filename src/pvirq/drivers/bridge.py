@@ -120,6 +120,10 @@ class Network:
         bridge = self.bridges[name] = Bridge(name, self._now)
         return bridge
 
+    def need_bridge(self, name: str) -> Bridge:
+        """The bridge of that name, which is made if it isn't there."""
+        return self.bridges.get(name) or self.add_bridge(name)
+
     def add(self, interface: Interface, bridge: str = "") -> None:
         """Register an interface, as a port of `bridge` where one is named. XenError(EEXIST, ENODEV)."""
         if interface.name in self.interfaces:

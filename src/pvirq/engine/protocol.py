@@ -43,6 +43,9 @@ TRAP_AC: Final = 17
 CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
 
 
+MANY_PAUSES: Final = 0x7FFFFFFF  # more than a run has: no limit to `Engine.pauses`
+
+
 class EngineError(Exception):
     """The engine can't be used, or lost control of its CPU. One line; says what to do where something can be done."""
 

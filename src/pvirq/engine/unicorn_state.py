@@ -17,7 +17,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from pvirq.engine.protocol import CpuidLeaf, EngineError
+from pvirq.engine.protocol import MANY_PAUSES, CpuidLeaf, EngineError
 
 VERSION = "2.1.4"
 
@@ -44,8 +44,6 @@ _TLB_ENTRY = 64
 
 # In struct uc_struct the pointer to the TCGContext, and in that where the next translation goes.
 _TCG_CONTEXT, _CODE_GEN_PTR = 0x300, 0xC0
-
-MANY_PAUSES = 0x7FFFFFFF  # more than a run has
 
 _PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
 

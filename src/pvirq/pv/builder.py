@@ -183,8 +183,8 @@ def _write_p2m(guest: PvGuest, layout: Layout) -> None:
     at = guest.mfn(layout.p2m) << 9
     mfns = np.arange(guest.first_mfn, guest.first_mfn + guest.frames, dtype=np.uint64)
     guest.domain.machine.np_u64[at : at + guest.frames] = mfns
-    m2p = np.frombuffer(guest.domain.machine.m2p, dtype=np.uint64)
-    m2p[guest.first_mfn : guest.first_mfn + guest.frames] = np.arange(guest.frames, dtype=np.uint64)
+    pfns = np.arange(guest.frames, dtype=np.uint64)
+    guest.domain.machine.np_m2p[guest.first_mfn : guest.first_mfn + guest.frames] = pfns
 
 
 def _write_page_tables(guest: PvGuest, image: KernelImage, layout: Layout) -> int:

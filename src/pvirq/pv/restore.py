@@ -118,8 +118,7 @@ class _Restorer:
         memory[guest.first_mfn + saved.rows] = saved.data
         for row in saved.rows[saved.types[saved.rows] != PFINFO_NOTAB].tolist():
             self._localise(memory[guest.first_mfn + row], int(saved.types[row]) & 7)
-        m2p = np.frombuffer(self.machine.m2p, dtype=np.uint64)
-        m2p[guest.first_mfn : guest.first_mfn + guest.frames] = saved.pfns
+        self.machine.np_m2p[guest.first_mfn : guest.first_mfn + guest.frames] = saved.pfns
 
     def _localise(self, table: U64Array, level: int) -> None:
         """x86_pv_localise_page."""

@@ -84,10 +84,9 @@ class _Saver:
         self.frames = self._p2m_mfns()
         p2m = np.concatenate([self._page(mfn) for mfn in self.frames])[: self.max_pfn + 1]
         # Only where Xen agrees: the frame is the guest's, and its pfn is this one.
-        m2p = np.frombuffer(machine.m2p, dtype=np.uint64)
         known = np.flatnonzero(p2m < machine.frames)
         mfns = p2m[known].astype(np.int64)
-        agreed = (machine.np_owner[mfns] == self.domid) & (m2p[mfns] == known.astype(np.uint64))
+        agreed = (machine.np_owner[mfns] == self.domid) & (machine.np_m2p[mfns] == known.astype(np.uint64))
         self.pfns, self.mfns = known[agreed], mfns[agreed]
         self.pfn_of = np.full(machine.frames, -1, dtype=np.int64)
         self.pfn_of[self.mfns] = self.pfns

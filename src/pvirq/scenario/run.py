@@ -148,8 +148,7 @@ class Run:
             except ValueError as error:
                 raise Unexpected((*where, "name"), str(error)) from None
         for j, vif in enumerate(spec.vifs):
-            if vif.bridge not in backends.network.bridges:
-                backends.network.add_bridge(vif.bridge)
+            backends.network.need_bridge(vif.bridge)
             self.host.attach_nic(guest, devid=j, mac=vif.mac, bridge=vif.bridge)
 
     # What workloads call.

@@ -39,8 +39,8 @@ class Backends:
             if isinstance(device, BlockDriver):
                 self.devices.add(f"/dev/{name}", device)
             elif isinstance(device, NicDriver):
-                if device.bridge and device.bridge not in self.network.bridges:
-                    self.network.add_bridge(device.bridge)
+                if device.bridge:
+                    self.network.need_bridge(device.bridge)
                 self.network.add(PhysicalInterface(name, device), device.bridge)
         self._drivers: dict[str, DriverFactory] = {"vbd": self._blkback, "vif": netback(self.network)}
         self.xenbus.start_backends(self._drivers)

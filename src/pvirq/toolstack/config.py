@@ -85,8 +85,6 @@ class DomainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """struct libxl_domain_config as libxl prints it (`xl list -l`), what is at its default left out."""
-        names = {"poweroff": "on_poweroff", "reboot": "on_reboot", "crash": "on_crash"}
-        names |= {"watchdog": "on_watchdog", "soft_reset": "on_soft_reset"}
         return {
             "c_info": {"type": "pv", "name": self.name, "uuid": self.uuid},
             "b_info": {
@@ -113,7 +111,7 @@ class DomainConfig:
                  "bridge": vif.bridge, "nictype": "vif"}
                 for number, vif in enumerate(self.vifs)
             ],
-            **{names[reason]: action.value.replace("-", "_") for reason, action in self.on.items()},
+            **{f"on_{reason}": action.value.replace("-", "_") for reason, action in self.on.items()},
         }  # fmt: skip
 
     @classmethod
@@ -123,10 +121,9 @@ class DomainConfig:
         if created.get("type", "pv") != "pv":
             raise ValueError(f"a domain of type {created.get('type')!r}: only PV domains can run here")
         available = built.get("avail_vcpus", [0])
-        names = {"on_poweroff": "poweroff", "on_reboot": "reboot", "on_crash": "crash"}
-        names |= {"on_watchdog": "watchdog", "on_soft_reset": "soft_reset"}
         assert isinstance(data, dict)
-        on = {reason: Action(str(data[key]).replace("_", "-")) for key, reason in names.items() if key in data}
+        on = _actions()
+        on |= {reason: Action(str(data[key]).replace("_", "-")) for reason in on if (key := f"on_{reason}") in data}
         return cls(
             name=_text(created, "name"), uuid=_text(created, "uuid"), kernel=_text(built, "kernel"),
             ramdisk=_text(built, "ramdisk"), cmdline=_text(built, "cmdline"),
@@ -150,7 +147,7 @@ class DomainConfig:
                 )
                 for nic in _dicts(data, "nics")
             ],
-            on=_actions() | on,
+            on=on,
         )  # fmt: skip
 
 

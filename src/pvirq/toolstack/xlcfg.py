@@ -44,10 +44,6 @@ REFUSED: Final = {
     "device_model_override": "there are no device models",
     "firmware": "there is no firmware for a PV guest",
 }
-REASONS: Final = {
-    "on_poweroff": "poweroff", "on_reboot": "reboot", "on_crash": "crash", "on_watchdog": "watchdog",
-    "on_soft_reset": "soft_reset",
-}  # fmt: skip
 
 
 class ConfigError(Exception):
@@ -255,8 +251,8 @@ class _Reader:
         vdevs = [disk.vdev for disk in config.disks]
         if len(set(vdevs)) < len(vdevs):
             raise self.error("disk", f"two disks are {next(vdev for vdev in vdevs if vdevs.count(vdev) > 1)}")
-        for key, reason in REASONS.items():
-            if key in self.settings:
+        for reason in config.on:
+            if (key := f"on_{reason}") in self.settings:
                 try:
                     config.on[reason] = Action(self.text(key))
                 except ValueError:
@@ -292,7 +288,7 @@ class _Reader:
             raise self.error(key, f"{text!r}: {error}") from None
 
     def _notes(self) -> list[str]:
-        known = KNOWN | set(REASONS) | set(REFUSED)
+        known = KNOWN | set(REFUSED)
         notes = []
         for key, setting in self.settings.items():
             if key in WITHOUT_EFFECT:
@@ -304,7 +300,8 @@ class _Reader:
 
 KNOWN: Final = {
     "name", "uuid", "type", "builder", "kernel", "ramdisk", "extra", "root", "cmdline", "memory", "maxmem", "vcpus",
-    "maxvcpus", "disk", "vif", "max_event_channels",
+    "maxvcpus", "disk", "vif", "max_event_channels", "on_poweroff", "on_reboot", "on_crash", "on_watchdog",
+    "on_soft_reset",
 }  # fmt: skip
 
 # -- devices -----------------------------------------------------------------------------------------------------------

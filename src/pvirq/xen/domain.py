@@ -219,13 +219,17 @@ class Domain:
             self.paused = True
             self.hypervisor.on_shutdown(self)
 
-    def resume(self) -> None:
-        """Let a domain that has shut down go on (domain_resume)."""
-        self.shutdown_reason = self.shutdown_code = None
+    def unpause(self) -> None:
+        """Let its vCPUs run again (domain_unpause)."""
         self.paused = False
         for vcpu in self.vcpus:
             if vcpu.runnable:
                 self.hypervisor.on_wake(vcpu)  # what woke it meanwhile was in vain
+
+    def resume(self) -> None:
+        """Let a domain that has shut down go on (domain_resume)."""
+        self.shutdown_reason = self.shutdown_code = None
+        self.unpause()
 
     def __repr__(self) -> str:
         return f"<domain {self.domid}>"

@@ -85,6 +85,7 @@ class Machine:
         # The machine-to-phys table that all guests read: their pfn for each mfn. 2 MiB aligned, for large pages.
         self.m2p_mfn = self.alloc(-(-self.frames // 512), align=512)
         self.m2p = self.u64[self.m2p_mfn << 9 : (self.m2p_mfn << 9) + self.frames]
+        self.np_m2p = self.np_u64[self.m2p_mfn << 9 : (self.m2p_mfn << 9) + self.frames]
 
     def alloc(self, count: int, owner: int = DOMID_XEN, align: int = 1, below: int | None = None) -> int:
         """Take `count` contiguous zeroed frames for `owner` and return the first mfn. XenError(ENOMEM) if none.
@@ -142,7 +143,7 @@ class Machine:
     def close(self) -> None:
         """Unmap everything. Views that others still hold keep the mapping alive until they go."""
         self._free = []
-        del self.np_u64
+        del self.np_u64, self.np_m2p
         for view in (self.m2p, self.u64, self.u32, self.mem):
             view.release()
         try:

@@ -273,7 +273,7 @@ def _populate(cpu: PvVcpu, extent: int, order: int, below: int) -> bool:
 
 
 def _set_m2p(machine: Machine, mfn: int, pfn: int, count: int) -> None:
-    np.frombuffer(machine.m2p, dtype=np.uint64)[mfn : mfn + count] = np.arange(count, dtype=np.uint64) + np.uint64(pfn)
+    machine.np_m2p[mfn : mfn + count] = np.arange(count, dtype=np.uint64) + np.uint64(pfn)
 
 
 def _decrease(cpu: PvVcpu, extent: int, order: int) -> bool:
