@@ -24,6 +24,7 @@ from pvirq.abi.xen import (
 )
 from pvirq.xen.memory import ABANDONED, PGT_NONE, PGT_WRITABLE, Machine
 from pvirq.xen.pirq import DomainPirqs
+from pvirq.xen.probes import Probes
 from pvirq.xen.timer import Clock, Timer
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ class Hypervisor:
     def __init__(self, machine: Machine | None = None, clock: Clock | None = None) -> None:
         self.machine = machine or Machine()
         self.clock = clock or Clock()
+        self.probes = Probes(self)
         self.domains: dict[int, Domain] = {}
         self.zombies: dict[int, Domain] = {}  # destroyed, but others still map frames of theirs
         self.global_virq_handlers: dict[int, Domain] = {}  # virq -> domain; domain 0 where absent

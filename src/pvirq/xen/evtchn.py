@@ -301,7 +301,7 @@ def init_control(caller: Domain, gfn: int, offset: int, vcpu: int) -> int:
         two_level = evtchn.ops
         fifo = Fifo(caller, evtchn.channels)
         fifo.map_control_block(target, gfn, offset)
-        evtchn.ops = fifo
+        evtchn.use(fifo)
         for channel in evtchn.channels[1 : two_level.max_channels]:
             if two_level.is_raw_pending(channel.port):
                 channel.pending = True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import SHARED_INFO_EVTCHN_MASK_32, VCPU_INFO_PENDING_SEL_32
 from pvirq.abi.xen import SHARED_INFO_EVTCHN_MASK, SHARED_INFO_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL
+from pvirq.xen import probes
 from pvirq.xen.sched import check_pollers, mark_events_pending
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ class TwoLevel:
                     vcpu.kick()
         if self._domain.pollers:
             check_pollers(self._domain, port)
+
+    def outcome(self, vcpu: Vcpu, channel: Channel) -> str:
+        """What `set_pending` would come to now (`pvirq.xen.probes`)."""
+        at, bit = channel.port >> 3, 1 << (channel.port & 7)
+        if self._mem[self._pending + at] & bit:
+            return probes.COALESCED
+        return probes.MASKED if self._mem[self._mask + at] & bit else probes.PENDING
 
     def _select(self, vcpu: Vcpu, port: int) -> None:
         """Point the vCPU at the word of `port`, and at its events if that is news."""

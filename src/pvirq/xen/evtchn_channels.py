@@ -119,7 +119,8 @@ class EventChannels:
         """`max_evtchns` is the highest permitted port; -1: as many as the ABI has (evtchn_init)."""
         self.domain = domain
         self.max_port = INT_MAX if max_evtchns < 0 else min(max_evtchns, INT_MAX)
-        self.ops: TwoLevel | Fifo = TwoLevel(domain)
+        self.ops: TwoLevel | Fifo
+        self.use(TwoLevel(domain))
         self.pirqs: Pirqs = domain.pirqs
         self.channels = [Channel(port) for port in range(EVTCHNS_PER_BUCKET)]
         self.channels[0].state = ECS_RESERVED
@@ -133,6 +134,11 @@ class EventChannels:
     def fifo(self) -> bool:
         """Has the guest switched to the FIFO ABI?"""
         return self.ops.fifo
+
+    def use(self, ops: TwoLevel | Fifo) -> None:
+        """Go on with another ABI."""
+        self.ops = ops
+        self.domain.hypervisor.probes.cover(ops)
 
     def port(self, port: int) -> Channel:
         """The channel object of a port, in use or not; XenError(EINVAL) beyond the ports allocated so far."""
@@ -261,7 +267,7 @@ class EventChannels:
                 self.close(channel.port)
         if isinstance(self.ops, Fifo):
             self.ops.destroy()
-            self.ops = TwoLevel(self.domain)
+            self.use(TwoLevel(self.domain))
 
     def destroy(self) -> None:
         """The domain has died: close everything, Xen's own channels too (evtchn_destroy)."""

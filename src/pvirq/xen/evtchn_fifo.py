@@ -28,6 +28,7 @@ from pvirq.abi.event_channel import (
     FIFO_CONTROL_SIZE,
 )
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
+from pvirq.xen import probes
 from pvirq.xen.memory import PGT_WRITABLE
 from pvirq.xen.sched import check_pollers
 
@@ -170,6 +171,18 @@ class Fifo:
                         vcpu.kick()
         if self._domain.pollers and not flags & FLAG_PENDING:
             check_pollers(self._domain, port)
+
+    def outcome(self, vcpu: Vcpu, channel: Channel) -> str:
+        """What `set_pending` would come to now (`pvirq.xen.probes`)."""
+        at = self._word(channel.port)
+        if not at:
+            return probes.WAITING
+        if not self._control[vcpu.vcpu_id]:
+            return probes.LOST
+        word = self._u32[at]
+        if word & PENDING:
+            return probes.COALESCED
+        return probes.MASKED if word & MASKED else probes.PENDING
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.
