@@ -17,6 +17,8 @@ STEP_NS = 1_000
 class Engine:
     """What the host asks of the engine of a running vCPU. Its counter is in ns."""
 
+    counted = False
+
     def __init__(self) -> None:
         self.count = 0
         self.stopped = False

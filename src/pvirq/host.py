@@ -9,19 +9,20 @@ with pvirq.Host() as host:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar, cast
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
-from pvirq.drivers.blockstore import BlockStore
+from pvirq.drivers.blockstore import BlockStore, InPlaceStore
 from pvirq.drivers.bridge import Bridge, Interface
 from pvirq.engine import DEFAULT_ENGINE, EngineError
+from pvirq.fork import Fork, ForkError, fork
 from pvirq.guest import Guest, HostStuck
 from pvirq.hardware import platform
 from pvirq.hardware.platform import DeviceTable
@@ -38,6 +39,7 @@ from pvirq.pv.guest import PvGuest
 from pvirq.pv.image import KernelImage, load_image
 from pvirq.pv.save import SavedDomain
 from pvirq.runloop import RunLoop
+from pvirq.schedule import Schedule
 from pvirq.toolstack import control, savefile
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.backends import Backends
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from pvirq.net.station import Station
     from pvirq.net.tap import Tap
 
+T = TypeVar("T")
+
 MIB: Final = 1 << 20
 
 
@@ -66,20 +70,27 @@ class Host(RunLoop):
     def __init__(
         self, *, engine: str = DEFAULT_ENGINE, dom0_vcpus: int = 2, dom0: bool = True,
         dom0_kernel: str | KernelFactory = "pvops", hardware: str | DeviceTable = "none", wallclock: float = 0,
-        machine_memory: int = 16 << 30,
+        machine_memory: int = 16 << 30, seed: int | Schedule | None = None,
     ) -> None:  # fmt: skip
         """`wallclock` is the time of day (Unix seconds) at which virtual time begins; `machine_memory` in bytes.
 
         `dom0_kernel` is what the modelled domain 0 runs: a name of `pvirq.linux.personalities`, or a factory, and
         `hardware` what it has for devices: a machine of `pvirq.hardware.platform`, or a table of devices
         (HardwareError). With `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
+
+        With a `seed` the host's run is repeatable to the bit: time is what guests have executed, and what comes next
+        is drawn from the seed where Xen leaves it open; a `Schedule` can also say it otherwise. Nothing can come from
+        outside then.
         """
-        super().__init__(Hypervisor(Machine(machine_memory), Clock()))
+        super().__init__(
+            Hypervisor(Machine(machine_memory), Clock()), Schedule(seed) if isinstance(seed, int) else seed
+        )
         self.engine_name = engine
         self.dom0_kernel, self.hardware = dom0_kernel, hardware
         self.wallclock_ns = int(wallclock * NS_PER_S)
         self.guests: list[Guest] = []
         self.modelled: list[ModelledGuest] = []
+        self.on_fork: list[Callable[[], object]] = []  # called in a copy of this host, before its function
         self._closed = False
         self.has_dom0 = dom0
         if dom0:
@@ -159,8 +170,9 @@ class Host(RunLoop):
             raise BuildError(error.why) from None
         try:
             machine = PvGuest(
-                domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns, max_memory_bytes=config.maxmem
-            )
+                domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns, max_memory_bytes=config.maxmem,
+                counted=self.schedule is not None,
+            )  # fmt: skip
         except EngineError:
             self.hypervisor.destroy_domain(domain)
             raise
@@ -211,6 +223,41 @@ class Host(RunLoop):
             self.destroy(guest)
             raise
         return guest
+
+    def fork(self, function: Callable[[Host], T], *, seed: int | Schedule | None = None) -> Fork[T]:
+        """Run `function(host)` with a copy of this host, in a process of its own: one of its possible futures.
+
+            futures = [host.fork(lambda host: stress(host.guests[0]), seed=seed) for seed in range(8)]
+            results = [future.result() for future in futures]
+
+        The copy is exact, costs milliseconds, and shares its memory until it is written. This host stands still
+        meanwhile, or goes on: neither sees the other. What the function returns has to be picklable. `seed` gives a
+        host that has a schedule another one. What a copy writes to a disk's image stays in it; it reads what others
+        write there, so this host had better write nothing while it runs.
+
+        ForkError where something can't be in two processes: qcow2 and other images that QEMU's server reads, and what
+        connects a network with the outside.
+        """
+        if seed is not None and self.schedule is None:
+            raise ValueError("only a host with a seed can have another")
+        if self.outside:
+            raise ForkError("a host with a connection to the outside (NAT, tap) can't be copied")
+        stores = self.backends.stores() if "backends" in self.__dict__ else []
+        if not all(getattr(store, "may_fork", True) for store in stores):
+            raise ForkError("a disk that QEMU's server reads can't be copied: convert its image to raw")
+
+        def prepare() -> None:
+            for machine in self._machines.values():
+                machine.engine.forked()
+            for store in stores:
+                if isinstance(store, InPlaceStore):
+                    store.forked()
+            for forked in self.on_fork:
+                forked()
+            if seed is not None:
+                self.schedule = Schedule(seed) if isinstance(seed, int) else seed
+
+        return fork(lambda: function(self), prepare)
 
     def model(
         self, kernel: str | KernelFactory = "2.6.18", *, vcpus: int = 1, name: str | None = None

@@ -12,9 +12,10 @@ from pvirq.guest import HostStuck
 from pvirq.linux.kernel import Kernel
 from pvirq.net.outside import Outside
 from pvirq.pv.guest import PvGuest
+from pvirq.schedule import NEXT, ORDER, Schedule
 from pvirq.xen import evtchn
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
-from pvirq.xen.timer import NS_PER_S
+from pvirq.xen.timer import NS_PER_S, Timer
 
 # How long a vCPU runs while another of the host could.
 SLICE_NS: Final = 5_000_000
@@ -39,10 +40,14 @@ class RunLoop:
     `on_turn`, where set, is called before each turn of the loop, which is every 50 ms at least while a guest works;
     what it raises ends `run`. `patience` is how many PAUSEs a vCPU has in its turn while another is ready; with
     `ENDLESS` it spins as on a CPU of its own, until Linux has it wait in SCHEDOP_poll.
+
+    With a `schedule` runs are repeatable: time is what guests have executed, and the schedule says what comes next
+    where that is free. It may be exchanged for another between two calls of `run`.
     """
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
+    def __init__(self, hypervisor: Hypervisor, schedule: Schedule | None = None) -> None:
         self.hypervisor = hypervisor
+        self.schedule = schedule
         self.clock = hypervisor.clock
         self.idle: Callable[[int | None], int] | None = None
         self.on_turn: Callable[[], None] | None = None
@@ -51,6 +56,7 @@ class RunLoop:
         self._machines: dict[int, PvGuest] = {}  # of real guests
         self._kernels: dict[int, Kernel[Any]] = {}  # of modelled domains
         self._woken: dict[Vcpu, None] = {}  # vCPUs of those that may have something to do; an ordered set
+        self._late: dict[Vcpu, Timer] = {}  # those that the schedule lets wait before they are that
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
         self._last: Vcpu | None = None
@@ -88,12 +94,16 @@ class RunLoop:
         """A modelled domain runs no more. KeyError."""
         del self._kernels[domain.domid]
         self._woken = {vcpu: None for vcpu in self._woken if vcpu.domain is not domain}
+        for vcpu in [vcpu for vcpu in self._late if vcpu.domain is domain]:
+            self._late.pop(vcpu).cancel()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _wake(self, vcpu: Vcpu) -> None:
         domid = vcpu.domain.domid
         if domid in self._kernels:
+            if self.schedule is not None and self._lets_wait(vcpu):
+                return
             self._woken[vcpu] = None
             if self._running is not None:
                 self._running.engine.stop()  # a modelled one takes no time, and has its turn at once
@@ -104,6 +114,22 @@ class RunLoop:
                 if self._running is not None:
                     self._running.engine.pauses = self.patience
                     self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
+
+    def _lets_wait(self, vcpu: Vcpu) -> bool:
+        """Does a modelled vCPU that was woken now have its turn later?"""
+        assert self.schedule is not None
+        if vcpu in self._woken:
+            return False
+        if vcpu not in self._late:
+            delay = self.schedule.answer_ns()
+            if not delay:
+                return False
+            self._late[vcpu] = self.clock.at(self.clock.now() + delay, partial(self._now_ready, vcpu))
+        return True
+
+    def _now_ready(self, vcpu: Vcpu) -> None:
+        del self._late[vcpu]
+        self._woken[vcpu] = None
 
     def _shut_down(self, domain: Domain) -> None:
         if self._running is not None:
@@ -152,8 +178,10 @@ class RunLoop:
     @property
     def quiet(self) -> bool:
         """No domain has anything to do before the next timer."""
-        return not self._woken and not any(
-            vcpu.runnable for machine in self._machines.values() for vcpu in machine.domain.vcpus
+        return (
+            not self._woken
+            and not self._late
+            and not any(vcpu.runnable for machine in self._machines.values() for vcpu in machine.domain.vcpus)
         )
 
     def _step(self) -> bool:
@@ -164,6 +192,10 @@ class RunLoop:
         if self._woken:
             # Those that these wake in turn come next time: `until` and the clock are looked at in between.
             woken, self._woken = self._woken, {}
+            if self.schedule is not None and len(woken) > 1:
+                first = self.schedule.choose(ORDER, len(woken))
+                vcpus = list(woken)
+                woken = dict.fromkeys(vcpus[first:] + vcpus[:first])
             kernels = self._kernels
             try:
                 for vcpu in woken:
@@ -180,12 +212,26 @@ class RunLoop:
         now = self.clock.now()
         # Who was stopped for domain 0's sake, or let another become ready, goes on until its time is up.
         if now >= self._slice_end or not any(vcpu is self._last for vcpu in ready):
-            self._last = _behind(self._last, ready)
+            self._last = self._next(ready)
             self._slice_end = FOREVER
-        self._slice_end = FOREVER if len(ready) == 1 else min(self._slice_end, now + SLICE_NS)
+        if len(ready) == 1:
+            self._slice_end = FOREVER
+        elif self._slice_end > now + SLICE_NS:
+            self._slice_end = now + (SLICE_NS if self.schedule is None else self.schedule.slice_ns())
         assert self._last is not None
         self._run_vcpu(self._last, ENDLESS if len(ready) == 1 else self.patience)
         return True
+
+    def _next(self, ready: list[Vcpu]) -> Vcpu:
+        """Whose turn is next: as `ready` is in the order of domains and vCPUs, the one behind who had it last."""
+        last = self._last
+        at = 0
+        if last is not None:
+            place = last.domain.domid, last.vcpu_id
+            at = next((i for i, vcpu in enumerate(ready) if (vcpu.domain.domid, vcpu.vcpu_id) > place), 0)
+        if self.schedule is not None and len(ready) > 1:
+            at = (at + self.schedule.choose(NEXT, len(ready))) % len(ready)
+        return ready[at]
 
     def _turn_end(self) -> int:
         """When the turn of the vCPU that runs is over, in ns."""
@@ -198,6 +244,10 @@ class RunLoop:
         self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
         engine = self._running.engine
         engine.pauses = pauses
+        if engine.counted and not clock.is_counter(engine.counter):
+            # Each engine counts what it executes itself; time is all of that.
+            engine.set_counter(clock.counter())
+            clock.replace_counter(engine.counter)
         try:
             self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
             if engine.pauses <= 0 or vcpu.yielded:
@@ -226,13 +276,3 @@ class RunLoop:
 
     def _wait_with(self, idle: Callable[[int | None], int], ns: int | None) -> int:
         return idle(self.outside.limit(ns))
-
-
-def _behind(last: Vcpu | None, ready: list[Vcpu]) -> Vcpu:
-    """The next one in turn: `ready` is in the order of domains and vCPUs, and after its last comes its first."""
-    if last is not None:
-        place = last.domain.domid, last.vcpu_id
-        for vcpu in ready:
-            if (vcpu.domain.domid, vcpu.vcpu_id) > place:
-                return vcpu
-    return ready[0]

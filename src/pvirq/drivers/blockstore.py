@@ -52,6 +52,10 @@ class InPlaceStore(InPlace):
     """The other half of a store that can do that: requests with data of their own (`BlockStore.submit`)."""
 
     sectors: int
+    may_fork = True  # a copy of this process can go on with it
+
+    def forked(self) -> None:
+        """This is a copy of the process (`pvirq.fork`): what is written from now on stays in it."""
 
     def submit(self, sector: int, count: int, data: bytes | None, done: Done) -> None:
         """As `BlockStore.submit`, but `done` is called at once."""
@@ -182,6 +186,10 @@ class BlockDevices:
     def number(self, name: str) -> str | None:
         """The number of a device; None where there is none."""
         return self._numbers.get(name)
+
+    def stores(self) -> list[BlockStore]:
+        """What is behind them."""
+        return list(self._stores.values())
 
     def find(self, number: str) -> BlockStore | None:
         """The store behind major:minor; None where there is none."""

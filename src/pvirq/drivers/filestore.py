@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import mmap
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -46,7 +47,8 @@ class FileStore(InPlaceStore):
     """The sectors of a file or block device, in place.
 
     A file's last bytes that fill no sector are not there, as with a loop device. What was written is in the host's
-    page cache, and so survives the end of this process; what was flushed survives the end of the host.
+    page cache, and so survives the end of this process; what was flushed survives the end of the host. Only what a fork
+    of this process writes doesn't get there: it reads the file as it is, but for what it wrote itself.
 
     Writers lock the file (flock) against everybody, readers against writers, so that two disks don't share an image
     unknowingly, be it in one process or in two.
@@ -57,6 +59,7 @@ class FileStore(InPlaceStore):
         self.path = os.fspath(path)
         self.readonly = readonly
         self._fd = -1
+        self._private: mmap.mmap | None = None  # in a fork: the file as it is, and what was written since
         try:
             # Non-blocking, or opening a FIFO would wait for its other end.
             flags = os.O_RDONLY if readonly else os.O_RDWR
@@ -71,6 +74,10 @@ class FileStore(InPlaceStore):
             os.close(fd)
             raise
         self._fd = fd
+
+    def forked(self) -> None:
+        if self._fd >= 0 and not self.readonly and self.sectors:
+            self._private = mmap.mmap(self._fd, self.sectors * SECTOR, flags=mmap.MAP_PRIVATE)
 
     def close(self) -> None:
         """Let go of the file; idempotent. Requests end with ENXIO from then on."""
@@ -91,6 +98,15 @@ class FileStore(InPlaceStore):
         size, at = sum(map(len, buffers)), sector * SECTOR
         if at < 0 or at + size > self.sectors * SECTOR:
             return Errno.EIO
+        if self._private is not None:
+            for buffer in buffers:
+                end = at + len(buffer)
+                if call is os.preadv:
+                    buffer[:] = memoryview(self._private)[at:end]
+                else:
+                    self._private[at:end] = buffer
+                at = end
+            return None
         try:
             if len(buffers) <= MOST_BUFFERS and call(fd, buffers, at) == size:
                 return None
@@ -119,6 +135,8 @@ class FileStore(InPlaceStore):
     def _flush(self) -> Errno | None:
         if self._fd < 0:
             return Errno.ENXIO
+        if self._private is not None:
+            return None
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -139,7 +157,7 @@ class FileStore(InPlaceStore):
         if not count:
             return None
         at, size = sector * SECTOR, count * SECTOR
-        fallocate = _fallocate()
+        fallocate = _fallocate() if self._private is None else None
         if fallocate is not None:
             if not fallocate(self._fd, PUNCH, at, size):
                 return None

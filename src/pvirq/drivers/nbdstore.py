@@ -43,6 +43,8 @@ ERRORS: Final = (
 class NbdStore(InPlaceStore):
     """The export of an NBD server. One request at a time; a server that is gone, or mute for 30 s, is an EIO."""
 
+    may_fork = False  # the server would have two clients at one end of a connection
+
     def __init__(self, path: str, export: str = "", on_close: Callable[[], object] | None = None) -> None:
         """Connect to the server's socket. `on_close` is called once the connection is closed.
 

@@ -24,12 +24,16 @@ class WriteCache(InPlaceStore):
         """`store` is what lies below, whose own flush follows each of ours."""
         self.store = store
         self.sectors = store.sectors
+        self.may_fork = store.may_fork
         self._dirty: dict[int, bytes] = {}
 
     @property
     def dirty(self) -> int:
         """How many sectors would be lost."""
         return len(self._dirty)
+
+    def forked(self) -> None:
+        self.store.forked()
 
     def crash(self) -> int:
         """The power fails: what was not flushed is gone. Returns how many sectors that were."""

@@ -76,6 +76,7 @@ class Engine(Protocol):
     """One CPU. Not thread-safe, except `stop`."""
 
     name: str
+    counted: bool  # time is what has been executed: see `open_engine`
     handler: GuestHandler  # may be changed between runs
     regs: memoryview  # of 64-bit items: general registers and RIP, in place
     rflags: int
@@ -152,6 +153,10 @@ class Engine(Protocol):
         """Ticks of `counter` per second."""
         ...
 
+    def set_counter(self, ticks: int) -> None:
+        """Let the counter go on from there; only where execution is `counted`, and between two runs."""
+        ...
+
     def set_tsc_offset(self, offset: int) -> None:
         """What the guest's RDTSC adds to the counter."""
         ...
@@ -185,6 +190,10 @@ class Engine(Protocol):
 
     def restore(self, state: bytes) -> None:
         """Become the CPU that `save` saw, but for the TSC's offset, which stays: it is the clock's."""
+        ...
+
+    def forked(self) -> None:
+        """This is a copy of the process, without the threads that there were: have what is needed of them anew."""
         ...
 
     def close(self) -> None:

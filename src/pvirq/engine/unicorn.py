@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import unicorn
@@ -24,6 +25,7 @@ from pvirq.engine.protocol import (
     EngineError,
     GuestHandler,
 )
+from pvirq.engine.unicorn_patches import CLOCK, COUNT, PAUSES, TICK_SHIFT
 from pvirq.engine.unicorn_state import CpuState
 
 # Translated code is kept in a buffer of this size and dropped as a whole when it is full. Unicorn's own default is
@@ -76,6 +78,10 @@ INT_LENGTH: Final = 2
 
 # A run ends at the latest after this long, so that Ctrl-C and the host's other work are never far.
 LONGEST_RUN_NS: Final = 50_000_000
+# Where blocks are counted.
+COUNTED_HZ: Final = 1e9
+LONGEST_RUN_BLOCKS: Final = LONGEST_RUN_NS >> TICK_SHIFT
+NO_WINDOW: Final = 1 << 62  # the time when a TLB's size was last looked at: never long ago
 
 
 class UnicornEngine:
@@ -83,8 +89,9 @@ class UnicornEngine:
 
     name = "unicorn"
 
-    def __init__(self, memory: memoryview, handler: GuestHandler) -> None:
+    def __init__(self, memory: memoryview, handler: GuestHandler, counted: bool = False) -> None:
         self._memory = memory
+        self.counted = counted
         buffer = (ctypes.c_uint8 * 0).from_buffer(memory)
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         uc.ctl_set_tcg_buffer_size(TCG_BUFFER_BYTES)
@@ -112,8 +119,16 @@ class UnicornEngine:
             for subleaf in range(4 if leaf in CPUID_LEAVES_WITH_SUBLEAVES else 1)
         }
         self._code_stack = (0, 0, 0, 0, 0)  # what set_code_stack loaded last: descriptors, mode, selectors
+        self._translation_windows = [descriptor[16:24].cast("Q") for descriptor, _ in state.tlb_index]
+        if counted:
+            self._set_limit(0)
+            self._tlb_flush, self._tlb_flush_page = (
+                self._timeless(state.tlb_flush),
+                self._timeless(state.tlb_flush_page),
+            )
+            self._update_cr3 = self._timeless(state.update_cr3)
         self._calibrate_from = (time.monotonic_ns(), self.counter())
-        self._alarm = Alarm(state.stop)
+        self._alarm = None if counted else Alarm(state.stop)
         self._stop_at: int | None = None
         self._ns_per_tick = 0.0
         self._running = False
@@ -317,11 +332,11 @@ class UnicornEngine:
 
     @property
     def pauses(self) -> int:
-        return self._state.pauses.value
+        return ctypes.c_int32(self._u32[PAUSES // 4]).value
 
     @pauses.setter
     def pauses(self, value: int) -> None:
-        self._state.pauses.value = value
+        self._u32[PAUSES // 4] = value
 
     @property
     def cr0_ts(self) -> bool:
@@ -433,10 +448,14 @@ class UnicornEngine:
     # -- time ------------------------------------------------------------------------------------------------------
 
     def counter(self) -> int:
+        if self.counted:
+            return self._blocks() << TICK_SHIFT
         return int(self._state.get_tsc(self._env))
 
     def counter_hz(self) -> float:
         """Measured since the engine was opened, at least over 20 ms: a few parts in a million."""
+        if self.counted:
+            return COUNTED_HZ
         began, first = self._calibrate_from
         while time.monotonic_ns() - began < 20_000_000:
             time.sleep(0.002)
@@ -449,6 +468,10 @@ class UnicornEngine:
             readings.append((after - before, (before + after) // 2, ticks))
         _, at, ticks = min(readings)
         return (ticks - first) * 1e9 / (at - began)
+
+    def set_counter(self, ticks: int) -> None:
+        u64 = self._u64
+        u64[CLOCK // 8] = (ticks >> TICK_SHIFT) + u64[COUNT // 8] & M64
 
     def set_tsc_offset(self, offset: int) -> None:
         self._u64[self._state.tsc_offset] = offset & M64
@@ -463,7 +486,41 @@ class UnicornEngine:
         if self._running:
             self._arm()
 
+    # Repeatable runs: time is the number of blocks, and nothing happens at a time of the machine's.
+
+    def _blocks(self) -> int:
+        """How many have been executed."""
+        return self._u64[CLOCK // 8] - self._u64[COUNT // 8] & M64
+
+    def _set_limit(self, blocks: int) -> None:
+        """The run ends after so many more."""
+        u64 = self._u64
+        done = self._blocks()
+        u64[COUNT // 8] = blocks + 1
+        u64[CLOCK // 8] = done + blocks + 1
+
+    def _timeless(self, flush: Callable[..., None]) -> Callable[..., None]:
+        """A function that flushes a TLB, kept from looking at the machine's clock.
+
+        QEMU makes a TLB smaller when it has been hardly used for 100 ms, and which translations a TLB keeps shows in
+        the accessed bits of page tables and in the faults that stale ones cause. Here they grow only.
+        """
+        windows = self._translation_windows
+
+        def flushed(*arguments: object) -> None:
+            for window in windows:
+                window[0] = NO_WINDOW
+            flush(*arguments)
+
+        return flushed
+
     def _arm(self) -> None:
+        if self._alarm is None:
+            blocks = LONGEST_RUN_BLOCKS
+            if self._stop_at is not None:
+                blocks = min(blocks, max(-((self.counter() - self._stop_at) >> TICK_SHIFT), 0))
+            self._set_limit(blocks)
+            return
         after = LONGEST_RUN_NS
         if self._stop_at is not None:
             after = min(after, int((self._stop_at - self.counter()) * self._ns_per_tick))
@@ -480,7 +537,8 @@ class UnicornEngine:
             result = self._state.emu_start(self._handle, self.regs[RIP], 1, 0, 0)
         finally:
             self._running = False
-            self._alarm.disarm()
+            if self._alarm is not None:
+                self._alarm.disarm()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -505,11 +563,18 @@ class UnicornEngine:
         self._u64[self._state.tsc_offset] = offset
         self.flush_tlb()
 
+    def forked(self) -> None:
+        if self._alarm is not None:
+            self._alarm = Alarm(self._state.stop)  # the old one's timer is the original's
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._alarm.close()  # first: its thread calls into the instance
+        if self._alarm is not None:
+            self._alarm.close()  # first: its thread calls into the instance
+        for window in self._translation_windows:
+            window.release()
         self.regs.release()
         self._state.release()
         self._keep.clear()

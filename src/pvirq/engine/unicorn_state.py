@@ -17,9 +17,12 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
+from pvirq.engine import unicorn_patches
 from pvirq.engine.protocol import MANY_PAUSES, CpuidLeaf, EngineError
+from pvirq.engine.unicorn_patches import CLOCK, COUNT, PAUSES, TICK_SHIFT
 
 VERSION = "2.1.4"
+M64 = (1 << 64) - 1
 
 # struct CPUX86State, in bytes.
 REGS, EIP, EFLAGS = 0, 128, 136
@@ -66,6 +69,7 @@ class CpuState:
         self._stubs: list[mmap.mmap] = []
         self._find_cpu()
         self._bind_functions()
+        self._patch()
         self._disable_mid_block_exits()
         self._install_stop()
         self._find_exception_fields()
@@ -73,6 +77,7 @@ class CpuState:
         self._find_tlb()
         self._find_code_pointer()
         self._check()
+        self._check_counting()
 
     # -- finding things ----------------------------------------------------------------------------------------
 
@@ -122,6 +127,16 @@ class CpuState:
         self._cpu_exit = bind("cpu_exit", pointer)
         self.reg_read = bind("uc_reg_read", pointer, ctypes.c_int, pointer, restype=ctypes.c_int)
 
+    def _patch(self) -> None:
+        functions = (
+            "helper_check_exit_request_x86_64", "helper_pause_x86_64", "cpu_get_tsc_x86_64", "cpu_get_ticks_x86_64",
+            "cpu_exit",
+        )  # fmt: skip
+        bank = self.u64[COUNT // 8 - 1 : PAUSES // 8 + 2]  # with the control words of this bank and the next
+        if not unicorn_patches.install(*map(self._symbol, functions)) or list(bank) != [M64, 0, 0, 0, M64]:
+            raise self._surprise("no place to count")
+        self.u32[PAUSES // 4] = MANY_PAUSES
+
     def stop(self) -> None:
         """End the run under way at the next block of code; from any thread."""
         self._stop_wanted.value = 1
@@ -132,8 +147,8 @@ class CpuState:
         # callback of hooked instructions, and a system call that meets a stop would not happen. cpu_exit alone has
         # the CPU loop left between two blocks, and re-entered. So on the way out of it, on the CPU's own thread, a few
         # instructions set the flag: they stand where CPUClass.cpu_exec_exit pointed, and go on there.
-        # PAUSE leaves the loop as well (do_pause), and hardly anything else does: so these count how often a guest
-        # waits for another CPU in vain, and `pauses` of them end the run.
+        # Two more things end a run there: the last of so many blocks, and the last of so many PAUSEs, each of which
+        # leaves the loop (do_pause). `pvirq.engine.unicorn_patches` counts both.
         original = struct.pack("<Q", self._symbol("x86_cpu_exec_exit_x86_64"))
         with open("/proc/self/mem", "rb", buffering=0) as mem:
             (cpu_class,) = struct.unpack("<Q", os.pread(mem.fileno(), 8, self.cpu + _CPU_CLASS))
@@ -144,13 +159,13 @@ class CpuState:
             raise self._surprise("no place for a stop")
         (stop_request,) = struct.unpack_from("<i", emu_stop, at + 2)
         self._stop_wanted = ctypes.c_uint8(0)
-        self.pauses = ctypes.c_int32(MANY_PAUSES)
         assert self.handle.value is not None
+        count, pauses = (struct.pack("<i", self.env - self.cpu + field) for field in (COUNT, PAUSES))
         code = (
-            b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self.pauses))  # mov rax, &pauses
-            + b"\xff\x08\x74\x12"  # dec dword ptr [rax]; jz stop
-            + b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self._stop_wanted))  # mov rax, &stop_wanted
-            + b"\x31\xc9\x86\x08\x84\xc9\x74\x0d"  # xor ecx, ecx; xchg [rax], cl; test cl, cl; jz original
+            b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(self._stop_wanted))  # mov rax, &stop_wanted
+            + b"\x31\xc9\x86\x08\x84\xc9\x75\x13"  # xor ecx, ecx; xchg [rax], cl; test cl, cl; jnz stop
+            + b"\x48\x83\xbf" + count + b"\x01\x74\x09"  # cmp qword [rdi + count], 1; je stop
+            + b"\x83\xbf" + pauses + b"\x00\x75\x0d"  # cmp dword [rdi + pauses], 0; jne original
             + b"\x48\xb8" + struct.pack("<Q", self.handle.value + stop_request)  # stop: mov rax, &uc->stop_request
             + b"\xc6\x00\x01"  # mov byte ptr [rax], 1
             + b"\x48\xb8" + original + b"\xff\xe0"  # original: mov rax, original; jmp rax
@@ -294,6 +309,24 @@ class CpuState:
                 raise self._surprise("RFLAGS are kept differently")
         if self.u32[HFLAGS // 4] & 3:
             raise self._surprise("CPL is not 0 at reset")
+
+    def _check_counting(self) -> None:
+        # Three blocks and the end of the run; then as many again, of which two are to be run.
+        jumps = b"\x48\xff\xc0\xeb\x00" * 3 + b"\x48\xff\xc0"  # inc rax; jmp to what follows
+        before = self.u64[COUNT // 8]
+        self._snippet(jumps)
+        counted, all_run = before - self.u64[COUNT // 8] & M64, self._reg(x86.UC_X86_REG_RAX)
+        self.u64[COUNT // 8], self.u64[CLOCK // 8] = 3, 1003
+        self._snippet(jumps)
+        limited, tsc = self._reg(x86.UC_X86_REG_RAX), self.get_tsc(self.env)
+        left, self.u64[COUNT // 8], self.u64[CLOCK // 8] = self.u64[COUNT // 8], 0, 0
+        if not (counted in (4, 5) and all_run == 4 and limited == 2 and left == 1 and tsc == 1002 << TICK_SHIFT):
+            raise self._surprise("blocks can't be counted")
+        self.u32[PAUSES // 4] = 1
+        self._snippet(b"\xf3\x90" + jumps)  # pause
+        if self._reg(x86.UC_X86_REG_RAX) or self.u32[PAUSES // 4]:
+            raise self._surprise("PAUSEs can't be counted")
+        self.u32[PAUSES // 4] = MANY_PAUSES
 
     @staticmethod
     def segment_field(which: int, field: int) -> int:

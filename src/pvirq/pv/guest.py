@@ -43,8 +43,12 @@ class PvGuest:
         *,
         wallclock_ns: int = 0,
         max_memory_bytes: int = 0,
+        counted: bool = False,
     ) -> None:
-        """Give `domain` its RAM and an engine. EngineError or XenError(ENOMEM) where that can't be had."""
+        """Give `domain` its RAM and an engine, one that is `counted` for a repeatable run.
+
+        EngineError or XenError(ENOMEM) where that can't be had.
+        """
         self.domain = domain
         machine = domain.machine
         domain.tot_pages = memory_bytes >> PAGE_SHIFT
@@ -65,7 +69,7 @@ class PvGuest:
         self._xen_frames = [self.window.frames]
         self._m2p_entry = self._make_m2p_tables()
         self.tables = PageTables(domain, self._xen_slots, self._flush_tlb)
-        self.engine = open_engine(engine, machine.mem, _NOBODY)
+        self.engine = open_engine(engine, machine.mem, _NOBODY, counted=counted)
         domain.frame_written = self.engine.invalidate_code
         domain.grant_table = GrantTable(domain)
         self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers.blkback import BlkBack
-from pvirq.drivers.blockstore import BlockDevices, BlockStore
+from pvirq.drivers.blockstore import BlockDevices, BlockStore, InPlaceStore
 from pvirq.drivers.bridge import Network, PhysicalInterface
 from pvirq.drivers.netback import netback
 from pvirq.drivers.xenbus import Device, Driver, DriverFactory, Xenbus
@@ -32,6 +32,7 @@ class Backends:
     def __init__(self, dom0: Kernel[Any], xs: Xs, store: Client, platform: Platform) -> None:
         self.feature_persistent = True  # xen_blkback's parameter, for disks that connect from now on
         self.devices = BlockDevices()
+        self._images: list[InPlaceStore] = []  # that were opened here
         self.network = Network(dom0.now)
         self.xenbus = Xenbus(dom0, xs)
         self.manager = DeviceManager(store, self.devices, self.network)
@@ -71,14 +72,20 @@ class Backends:
         if not os.path.exists(path):
             raise XenError(Errno.ENOENT, f"Disk vdev={vdev} failed to stat: {path}: {os.strerror(Errno.ENOENT)}")
         image = open_image(path, readonly=readonly, format=format, cache=cache)
+        self._images.append(image)
+
+        def close() -> None:
+            self._images.remove(image)
+            image.close()
+
         if format in ("", "raw"):
-            manager.attach_disk(domid, replace(disk, params=path), image, on_gone=image.close)
+            manager.attach_disk(domid, replace(disk, params=path), image, on_gone=close)
             return ref
         nbd = devices.add_free("nbd", image)  # qemu-nbd -c
 
         def gone() -> None:
             devices.remove(nbd)
-            image.close()
+            close()
 
         manager.attach_disk(domid, replace(disk, params=nbd), on_gone=gone)
         return ref
@@ -93,6 +100,11 @@ class Backends:
         if store is None:
             raise XenError(Errno.ENOENT, f"domain {ref.domid} has no disk {ref.devid}")
         return store
+
+    def stores(self) -> list[BlockStore]:
+        """All that disks are kept in, be they ready or not."""
+        stores: list[BlockStore] = [*self.devices.stores(), *self._images]
+        return list({id(store): store for store in stores}.values())
 
     def unload(self, kind: str) -> Kthread[None]:
         """Remove the module that serves devices of a kind, vbd or vif (rmmod xen-blkback).

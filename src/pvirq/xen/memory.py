@@ -11,6 +11,7 @@ time, and the type can change only while nothing holds a reference of the old on
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from bisect import bisect_left, insort
 from collections.abc import Collection
@@ -102,6 +103,16 @@ class Machine:
             self.np_owner[first : first + count] = owner
             return first
         raise XenError(Errno.ENOMEM, f"no {count} contiguous machine frames left")
+
+    def digest(self, domid: int) -> str:
+        """The sha256 of what is in a domain's frames and which they are: the same memory, the same digest."""
+        mfns = np.flatnonzero(self.np_owner == domid)
+        digest = hashlib.sha256(mfns.astype("<u8").tobytes())
+        breaks = np.flatnonzero(np.diff(mfns) != 1) + 1
+        for piece in np.split(mfns, breaks):
+            if len(piece):
+                digest.update(self.mem[int(piece[0]) << PAGE_SHIFT : int(piece[-1]) + 1 << PAGE_SHIFT])
+        return digest.hexdigest()
 
     def share(self, mfn: int, domid: int) -> None:
         """Let a domain map one of Xen's frames, writable, and use it as nothing else (share_xen_page_with_guest)."""

@@ -64,6 +64,10 @@ class Clock:
         """No counter is left: time stands still but for jumps. Only while stopped."""
         self._counter = lambda: 0
 
+    def counter(self) -> int:
+        """What the counter reads."""
+        return self._counter()
+
     def is_counter(self, counter: Callable[[], int]) -> bool:
         return self._counter == counter
 
