@@ -54,7 +54,7 @@ def run(kernel: Path, initrd: bytes, seed: int | Schedule, guests: int = 1) -> O
             host.attach_disk(guest, "xvda", store if not number else MemoryStore(1 << 11))
             host.attach_nic(guest)
         result = host.guests[0].run(WORK, 120)
-        assert result.status == 0 and "0% packet loss" in result.text, result.text
+        assert (result.status, "0% packet loss" in result.text) == (0, True), result.text
         assert host.schedule is not None
         return Outcome(
             "".join(guest.console.output.decode("utf-8", "replace") for guest in host.guests),
