@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from pvirq.abi import migration as abi
 from pvirq.abi.xen import PAGE_SHIFT, PAGE_SIZE
-from pvirq.pv.save import ENTRIES, MOST_PFNS, SavedDomain, SavedVcpu
+from pvirq.pv.save import ENTRIES, MOST_PFNS, SavedDomain, SavedVcpu, U64Array
 from pvirq.toolstack.config import DomainConfig
 
 PAGES_PER_RECORD: Final = 1024  # MAX_BATCH_SIZE
@@ -26,6 +27,8 @@ PFN_MASK: Final = (1 << 52) - 1
 LARGEST_RECORD: Final = 128 << 20  # REC_LENGTH_MAX
 LARGEST_CONFIG: Final = 16 << 20
 MOST_VCPUS: Final = 4096
+WITHOUT_DATA: Final = (abi.PFINFO_BROKEN, abi.PFINFO_XALLOC, abi.PFINFO_XTAB)
+GONE: Final = (abi.PFINFO_BROKEN, abi.PFINFO_XTAB)
 # Records that say nothing to a host with one kind of CPU and one clock.
 IGNORED: Final = (abi.REC_X86_TSC_INFO, abi.REC_X86_CPUID_POLICY, abi.REC_X86_MSR_POLICY, abi.REC_STATIC_DATA_END,
                   abi.REC_VERIFY, abi.REC_X86_PV_VCPU_MSRS, abi.REC_X86_PV_VCPU_XSAVE)  # fmt: skip
@@ -148,10 +151,16 @@ def _read_config(file: BinaryIO) -> DomainConfig:
 
 @dataclass
 class _Pages:
-    """What PAGE_DATA records have brought so far, by pfn; a later one counts."""
+    """What PAGE_DATA records have brought so far: an item for each. Of a page that comes twice the later one counts."""
 
-    types: dict[int, int] = field(default_factory=dict)
-    data: dict[int, bytes] = field(default_factory=dict)
+    pfns: list[U64Array] = field(default_factory=list)
+    types: list[U64Array] = field(default_factory=list)
+    data: list[U64Array] = field(default_factory=list)  # of those pages that have any, one a row
+
+
+def _has_data(types: U64Array) -> npt.NDArray[np.bool_]:
+    """Which pages come with their contents."""
+    return ~np.isin(types, WITHOUT_DATA)
 
 
 class _LibxcReader:
@@ -241,34 +250,38 @@ class _LibxcReader:
         at = abi.PAGE_DATA_HEADER.size
         if count * 8 > len(body) - at:
             raise SaveFileError(f"a record of {count} pages has {len(body)} bytes")
-        names = struct.unpack_from(f"<{count}Q", body, at)
+        names = np.frombuffer(body, "<u8", count, at)
+        pfns, types = names & np.uint64(PFN_MASK), names >> np.uint64(TYPE_SHIFT)
+        beyond = pfns[pfns > self.max_pfn]
+        if len(beyond):
+            raise SaveFileError(f"page {int(beyond[0]):#x} is beyond the last, {self.max_pfn:#x}")
         at += 8 * count
-        for name in names:
-            pfn, kind = name & PFN_MASK, name >> TYPE_SHIFT
-            if pfn > self.max_pfn:
-                raise SaveFileError(f"page {pfn:#x} is beyond the last, {self.max_pfn:#x}")
-            self.pages.types[pfn] = kind
-            self.pages.data.pop(pfn, None)
-            if kind in (abi.PFINFO_BROKEN, abi.PFINFO_XALLOC, abi.PFINFO_XTAB):
-                continue
-            page = body[at : at + PAGE_SIZE]
-            if len(page) != PAGE_SIZE:
-                raise SaveFileError("a record of pages is cut short")
-            self.pages.data[pfn] = page
-            at += PAGE_SIZE
-        if at != len(body):
-            raise SaveFileError(f"a record of pages has {len(body) - at} bytes too many")
+        left = len(body) - at - PAGE_SIZE * int(_has_data(types).sum())
+        if left < 0:
+            raise SaveFileError("a record of pages is cut short")
+        if left:
+            raise SaveFileError(f"a record of pages has {left} bytes too many")
+        self.pages.pfns.append(pfns)
+        self.pages.types.append(types)
+        self.pages.data.append(np.frombuffer(body, "<u8", offset=at).reshape(-1, ENTRIES))
 
     def _result(self) -> SavedDomain:
         if not self.shared_info or self.max_pfn < 0:
             raise SaveFileError("shared_info or the p2m list is missing")
-        gone = (abi.PFINFO_BROKEN, abi.PFINFO_XTAB)
-        pfns = sorted(pfn for pfn, kind in self.pages.types.items() if kind not in gone)
-        types = [0 if self.pages.types[pfn] == abi.PFINFO_XALLOC else self.pages.types[pfn] for pfn in pfns]
-        rows = [row for row, pfn in enumerate(pfns) if pfn in self.pages.data]
-        data = b"".join(self.pages.data[pfns[row]] for row in rows)
+        pages = self.pages
+        none = np.empty(0, dtype=np.uint64)
+        all_pfns, all_types = np.concatenate([none, *pages.pfns]), np.concatenate([none, *pages.types])
+        all_data = np.concatenate([none.reshape(0, ENTRIES), *pages.data])
+        where = np.cumsum(_has_data(all_types)) - 1  # in `all_data`
+        # Each pfn once, in ascending order, as it came last.
+        _, from_end = np.unique(all_pfns[::-1], return_index=True)
+        last = len(all_pfns) - 1 - from_end
+        last = last[~np.isin(all_types[last], GONE)]
+        types = all_types[last]
+        rows = np.flatnonzero(_has_data(types))
+        chosen = where[last[rows]]
+        data = all_data if np.array_equal(chosen, np.arange(len(all_data))) else all_data[chosen]
+        types[types == abi.PFINFO_XALLOC] = 0
         return SavedDomain(
-            self.max_pfn, self.frames, np.array(pfns, dtype=np.uint64), np.array(types, dtype=np.uint8),
-            np.array(rows, dtype=np.int64), np.frombuffer(data, dtype=np.uint64).reshape(-1, ENTRIES), self.vcpus,
-            self.shared_info,
+            self.max_pfn, self.frames, all_pfns[last], types.astype(np.uint8), rows, data, self.vcpus, self.shared_info
         )  # fmt: skip
