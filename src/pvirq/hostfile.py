@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final, cast
@@ -28,6 +29,7 @@ FORMAT: Final = "pvirq host 1"
 PIECE_SECTORS: Final = (1 << 20) // SECTOR
 ZEROS: Final = bytes(PIECE_SECTORS * SECTOR)
 # A guest's pages are stored as they are, so that restoring them takes no time.
+LOCAL_HEADER: Final = struct.Struct("<26xHH")  # of a member: the lengths of its name and extra field at its end
 COMPRESSION: Final = {"guests": zipfile.ZIP_STORED, "devices": zipfile.ZIP_DEFLATED}
 
 
@@ -132,8 +134,25 @@ def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: 
     if prepare is not None:
         prepare(host)
     for number in range(about["guests"]):
-        with archive.open(f"guests/{number}") as member:
-            host.restore(cast(BinaryIO, member))
+        host.restore(_stored(archive, f"guests/{number}"))
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> BinaryIO:
+    """The archive's file, where a member begins that is stored as it is.
+
+    Reading it by way of `zipfile` copies each page twice more, and sums it up: half of the time in which a guest is
+    restored. Its own format says where it ends.
+    """
+    info, file = archive.getinfo(name), archive.fp
+    if file is None or info.compress_type != zipfile.ZIP_STORED:
+        raise HostFileError(f"{name} is compressed")
+    file.seek(info.header_offset)
+    header = file.read(LOCAL_HEADER.size)
+    if len(header) != LOCAL_HEADER.size:
+        raise HostFileError(f"{name} is missing")
+    name_length, extra_length = LOCAL_HEADER.unpack(header)
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    return cast(BinaryIO, file)
 
 
 def _member(archive: zipfile.ZipFile, kind: str, number: int) -> Any:
