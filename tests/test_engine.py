@@ -558,7 +558,7 @@ def test_stop_at_is_a_time(bench: Bench) -> None:
             runs += 1
         assert runs < 3
         late.append(engine.counter() - engine.stop_at)
-    assert sorted(late)[5] < 5 * ms
+    assert min(late) < 5 * ms  # the others may have had to wait for a CPU of the machine
     engine.stop_at = engine.counter() - ms  # already past
     start = engine.counter()
     engine.run()

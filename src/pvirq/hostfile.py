@@ -23,6 +23,7 @@ from pvirq.hardware.device import HardwareError
 from pvirq.hardware.disk import BlockDriver
 from pvirq.host import Host
 from pvirq.pv import save
+from pvirq.schedule import Schedule
 from pvirq.toolstack import savefile
 
 FORMAT: Final = "pvirq host 1"
@@ -88,8 +89,13 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
     archive.writestr("host.json", json.dumps(about, indent=4))
 
 
-def restore_host(file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[Host], None] | None = None) -> Host:
+def restore_host(
+    file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[Host], None] | None = None,
+    seed: int | Schedule | None = None,
+) -> Host:  # fmt: skip
     """The host from such a file, to be closed by the caller; its guests go on when it next runs.
+
+    With a `seed` it goes on in a repeatable run (see `Host`).
 
     What isn't in the file but was on its network (a station, a way out) is put there by `prepare`, before the guests.
     HostFileError, SaveFileError and what `Host.restore` raises; OSError.
@@ -101,7 +107,7 @@ def restore_host(file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[
                 raise HostFileError(f"not a saved host of this version ({FORMAT})")
             host = Host(
                 engine=about["engine"], dom0_vcpus=about["dom0_vcpus"], dom0_kernel=about["dom0_kernel"],
-                hardware=about["hardware"], wallclock=about["wallclock"],
+                hardware=about["hardware"], wallclock=about["wallclock"], seed=seed,
             )  # fmt: skip
             try:
                 _fill(host, archive, about, prepare)

@@ -31,6 +31,9 @@ from pvirq.engine.unicorn_state import CpuState
 # Translated code is kept in a buffer of this size and dropped as a whole when it is full. Unicorn's own default is
 # 1 GiB; a Linux boot needs about 40 MiB.
 TCG_BUFFER_BYTES: Final = 48 << 20
+# When that happens hangs on how long the translations are, which hangs on where in this process things lie. Where a run
+# is to be repeated it had better not happen.
+COUNTED_TCG_BUFFER_BYTES: Final = 256 << 20
 
 M64: Final = (1 << 64) - 1
 
@@ -94,7 +97,7 @@ class UnicornEngine:
         self.counted = counted
         buffer = (ctypes.c_uint8 * 0).from_buffer(memory)
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
-        uc.ctl_set_tcg_buffer_size(TCG_BUFFER_BYTES)
+        uc.ctl_set_tcg_buffer_size(COUNTED_TCG_BUFFER_BYTES if counted else TCG_BUFFER_BYTES)
         uc.mem_map_ptr(0, len(memory), unicorn.UC_PROT_ALL, ctypes.addressof(buffer))
         self._uc: Any = uc
         state = CpuState(uc, memory)
