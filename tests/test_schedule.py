@@ -7,6 +7,7 @@ import pytest
 from pvirq import Host
 from pvirq.drivers.blockstore import MemoryStore
 from pvirq.modelled import ModelledGuest
+from pvirq.net.outside import OutsideError
 from pvirq.schedule import DELAYS, SLICES, Schedule
 from pvirq.xen.timer import NS_PER_S
 
@@ -92,3 +93,11 @@ def test_any_schedule_is_legal(seed: int) -> None:
     assert len(times) == 20
     assert times == sorted(times)
     assert "blkif" in interrupts
+
+
+def test_what_comes_from_outside_is_refused() -> None:
+    with Host(seed=1) as host:
+        for connect in (host.nat, host.tap):
+            with pytest.raises(OutsideError, match="a host with a seed"):
+                connect()
+        host.station()

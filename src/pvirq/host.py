@@ -32,7 +32,7 @@ from pvirq.linux.kthread import Completion
 from pvirq.linux.personalities import KernelFactory
 from pvirq.linux.personality import StartInfo
 from pvirq.modelled import ModelledGuest
-from pvirq.net.outside import Outsider
+from pvirq.net.outside import OutsideError, Outsider
 from pvirq.pv import save
 from pvirq.pv.builder import BuildError
 from pvirq.pv.guest import PvGuest
@@ -380,8 +380,10 @@ class Host(RunLoop):
     ) -> Nat:  # fmt: skip
         """Put a gateway to the real loopback on a bridge, which is made if it isn't there; its options are `Nat`'s.
 
-        One bridge needs but one DHCP server. OutsideError without libslirp, ValueError, XenError(EEXIST).
+        One bridge needs but one DHCP server. OutsideError without libslirp or in a host with a seed, ValueError,
+        XenError(EEXIST).
         """
+        self._refuse_outside("NAT")
         from pvirq.net.nat import Nat
 
         nat = Nat(
@@ -394,8 +396,10 @@ class Host(RunLoop):
     def tap(self, name: str = "", *, bridge: str = "xenbr0") -> Tap:
         """Put a tap device of the real machine on a bridge, which is made if it isn't there.
 
-        "" lets the kernel choose a name. OutsideError where it isn't permitted, ValueError, XenError(EEXIST).
+        "" lets the kernel choose a name. OutsideError where it isn't permitted and in a host with a seed, ValueError,
+        XenError(EEXIST).
         """
+        self._refuse_outside("a tap device")
         from pvirq.net.tap import Tap
 
         tap = Tap(name, self.backends.network)
@@ -405,6 +409,10 @@ class Host(RunLoop):
     def _interface_name(self, kind: str) -> str:
         interfaces = self.backends.network.interfaces
         return next(name for i in range(len(interfaces) + 1) if (name := f"{kind}{i}") not in interfaces)
+
+    def _refuse_outside(self, what: str) -> None:
+        if self.schedule is not None:
+            raise OutsideError(f"{what} can't be in a host with a seed: what comes from outside can't be repeated")
 
     def _put_on(self, bridge: str, interface: Interface, outsider: Outsider | None = None) -> None:
         network = self.backends.network
