@@ -22,6 +22,7 @@ from enginelib import (
     ALL,
     CODE,
     CODE32,
+    CODE_PA,
     DATA,
     DATA_PA,
     FLAT,
@@ -402,6 +403,96 @@ def test_code_that_is_changed_behind_the_cpus_back(bench: Bench) -> None:
     for value in (1, 2, 3):
         bench.run(b"\xb0" + bytes([value]) + SYSCALL)
         assert bench.regs[RAX] & 0xFF == value
+
+
+# A loop that calls the function at CODE + 0x40 RCX times, then SYSCALL; the function adds 1 to RBX.
+CALLS = b"\xe8\x3b\x00\x00\x00\x48\xff\xc9\x75\xf6" + SYSCALL
+FUNCTION = CODE + 0x40
+CALLED = b"\x48\xff\xc3\xc3"
+
+
+def test_a_watched_function(bench: Bench) -> None:
+    """Each call is seen with its registers, also where the code was translated before; and none after the end."""
+    seen: list[int] = []
+    bench.put(CALLED, FUNCTION)
+    bench.run(CALLS, rcx=3, rbx=0)
+    remove = bench.engine.watch(FUNCTION, lambda: seen.append(bench.regs[RBX]))
+    bench.engine.invalidate_code(FUNCTION - CODE + CODE_PA, 1)
+    bench.regs[RIP] = CODE
+    bench.run(rcx=3)
+    assert seen == [3, 4, 5]
+    remove()
+    bench.engine.invalidate_code(FUNCTION - CODE + CODE_PA, 1)
+    bench.regs[RIP] = CODE
+    bench.run(rcx=3)
+    assert seen == [3, 4, 5]
+    assert bench.regs[RBX] == 9
+
+
+def test_a_watch_that_is_taken_away_is_silent_at_once(bench: Bench) -> None:
+    seen: list[int] = []
+    remove = bench.engine.watch(FUNCTION, lambda: seen.append(1))
+    bench.put(CALLED, FUNCTION)
+    bench.run(CALLS, rcx=2, rbx=0)
+    remove()
+    bench.regs[RIP] = CODE
+    bench.run(rcx=2)
+    assert (seen, bench.regs[RBX]) == ([1, 1], 4)
+
+
+def test_a_return_address_is_watched_from_within(bench: Bench) -> None:
+    """A watch may be set while the guest runs, on what is translated already."""
+    seen: list[str] = []
+
+    def entry() -> None:
+        seen.append("in")
+        if seen == ["in"]:
+            bench.engine.watch(CODE + 5, lambda: seen.append("out"))
+            bench.engine.invalidate_code(CODE_PA + 5, 1)
+
+    bench.put(CALLED, FUNCTION)
+    bench.run(CALLS, rcx=2, rbx=0)
+    bench.engine.watch(FUNCTION, entry)
+    bench.engine.invalidate_code(FUNCTION - CODE + CODE_PA, 1)
+    bench.regs[RIP] = CODE
+    bench.run(rcx=3)
+    assert seen == ["in", "out"] * 3
+
+
+def test_stops_repeat_no_watch(bench: Bench) -> None:
+    """A run that ends at a watched address tells of it once, however often it is stopped there."""
+    calls, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    bench.put(CALLED, FUNCTION)
+    bench.engine.watch(FUNCTION, count)
+
+    def stopper() -> None:
+        while not done.is_set():
+            bench.engine.stop()
+            time.sleep(0.0001)
+
+    thread = threading.Thread(target=stopper)
+    thread.start()
+    try:
+        bench.run(CALLS, rcx=300_000, rbx=0)
+    finally:
+        done.set()
+        thread.join()
+    assert (calls, bench.regs[RBX]) == (300_000, 300_000)
+
+
+def test_an_exception_of_a_watch_comes_out_of_run(bench: Bench) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    bench.put(CALLED, FUNCTION)
+    bench.engine.watch(FUNCTION, broken)
+    with pytest.raises(ZeroDivisionError):
+        bench.run(CALLS, rcx=1, rbx=0)
 
 
 @pytest.mark.parametrize("bit", [30, 38])

@@ -41,10 +41,31 @@ def test_a_script_never_takes_what_isnt_there() -> None:
 def test_each_choice_is_told() -> None:
     told: list[tuple[str, int, int, int]] = []
     schedule = Schedule.script({1: 1})
-    schedule.on_choice = lambda *choice: told.append(choice)
+    schedule.listeners.append(lambda *choice: told.append(choice))
     schedule.choose("next", 3)
     schedule.choose("order", 2)
     assert told == [("next", 0, 3, 0), ("order", 1, 2, 1)]
+
+
+def test_who_is_told_knows_whose_choice_it_is() -> None:
+    told: list[tuple[str, int, int, tuple[int, ...]]] = []
+    schedule = Schedule(5)
+
+    def choice(what: str, number: int, n: int, took: int) -> None:
+        assert {"next": n, "order": n}.get(what, 1) == len(schedule.vcpus)
+        told.append((what, n, took, tuple(vcpu.domain.domid for vcpu in schedule.vcpus)))
+
+    schedule.listeners.append(choice)
+    with Host(seed=schedule) as host:
+        guests = [host.model("pvops") for _ in range(2)]
+        host.settle()
+        told.clear()
+        fired: list[int] = []
+        when = host.clock.now() + 1000
+        for guest in guests:
+            guest.kernel.set_timer(when, lambda: fired.append(1))
+        host.run(lambda: len(fired) == 2, NS_PER_S)
+    assert [domains for what, _, _, domains in told if what == "answer"][:2] == [(1,), (2,)]
 
 
 def read_all(host: Host, guest: ModelledGuest) -> list[int]:

@@ -15,7 +15,7 @@ from pvirq.abi.errno import XenError
 from pvirq.abi.xen import PAGE_SHIFT, VCPU_INFO_UPCALL_MASK
 from pvirq.engine.protocol import R8, RAX, RBP, RBX, RCX, RDI, RDX, RIP, RSI, RSP
 from pvirq.guest import Guest
-from pvirq.pv.image import ImageError, KernelImage, load_image
+from pvirq.pv.image import KernelImage
 from pvirq.pv.symbols import Symbols, symbols_for
 from pvirq.pv.vcpu import PvVcpu
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
@@ -50,7 +50,7 @@ _CONTROL: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 def report(guest: Guest, why: str, symbols: Symbols | None = None) -> str:
     """The whole text, lines ending in newlines; `why` is its first. Only reads, and never fails for what the guest
     left: a stack that isn't mapped is left out."""
-    image = guest.image or _kernel_file(guest)
+    image = guest.image or guest.kernel_file()
     if symbols is None:
         symbols = Symbols(lambda: None) if image is None else symbols_for(image)
     if panic := _panic(guest):
@@ -89,14 +89,6 @@ def _panic(guest: Guest) -> str:
 
 
 # -- one vCPU ----------------------------------------------------------------------------------------------------------
-
-
-def _kernel_file(guest: Guest) -> KernelImage | None:
-    """The kernel of a guest that was restored, if the file that it was booted from is still there."""
-    try:
-        return load_image(guest.config.kernel) if guest.config.kernel else None
-    except ImageError:
-        return None
 
 
 def _vcpu(cpu: PvVcpu, image: KernelImage | None, symbols: Symbols) -> Iterator[str]:

@@ -6,6 +6,8 @@ import base64
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.sched import (
@@ -16,10 +18,10 @@ from pvirq.abi.sched import (
     SHUTDOWN_suspend,
     SHUTDOWN_watchdog,
 )
-from pvirq.drivers.console import Console
+from pvirq.drivers.console import Console, note_input
 from pvirq.pv import builder, restore
 from pvirq.pv.guest import PvGuest
-from pvirq.pv.image import KernelImage
+from pvirq.pv.image import ImageError, KernelImage, load_image
 from pvirq.pv.save import SavedDomain
 from pvirq.toolstack import domain as toolstack
 from pvirq.toolstack.config import DomainConfig
@@ -88,8 +90,11 @@ class Guest:
         self.config = config
         config.name = config.name or f"guest{domain.domid}"
         config.uuid = config.uuid or str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{config.name}/{domain.domid}"))
+        domain.label.name, domain.label.kind = config.name, "real"
+        domain.label.kernel = "/".join(Path(config.kernel).parts[-2:])  # where files are kept is no part of a run
         self.image: KernelImage | None = None
         self.console = Console()
+        self.console.on_input = partial(note_input, domain)
         self._dom0_ports: Ends | None = None
         self._waiting_for_agent = True
         self._commands = 0
@@ -103,9 +108,11 @@ class Guest:
         self.machine.on_console_io = self.console.put_direct
         if not self.domain.domid:
             builder.build(self.machine, image, initrd, append)
+            self._runs(lambda: image)
             return
         self._open_ports()
         layout = builder.build(self.machine, image, initrd, append)
+        self._runs(lambda: image)
         self._connect(self.machine.mfn(layout.xenstore), self.machine.mfn(layout.console))
 
     def revive(self, saved: SavedDomain) -> None:
@@ -114,8 +121,21 @@ class Guest:
         self.restored = True
         self._open_ports()
         rings = restore.restore(self.machine, saved)
+        self._runs(self.kernel_file)
         self._connect(rings.store_mfn, rings.console_mfn)
         self._waiting_for_agent = False  # who has one has said so long ago
+
+    def _runs(self, image: Callable[[], KernelImage | None]) -> None:
+        """There is a kernel in it now."""
+        self.machine.kernel_image = image
+        self.host.hypervisor.probes.refresh()
+
+    def kernel_file(self) -> KernelImage | None:
+        """What is in the file that its configuration has for a kernel, if it is still there."""
+        try:
+            return load_image(self.config.kernel) if self.config.kernel else None
+        except ImageError:
+            return None
 
     def _open_ports(self) -> None:
         """In this order, for the guest's ports are 1 and 2."""

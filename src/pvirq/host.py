@@ -254,8 +254,10 @@ class Host(RunLoop):
                     store.forked()
             for forked in self.on_fork:
                 forked()
-            if seed is not None:
+            if seed is not None and self.schedule is not None:
+                listeners = [listener for listener in self.schedule.listeners if listener != self._note_choice]
                 self.schedule = Schedule(seed) if isinstance(seed, int) else seed
+                self.schedule.listeners += listeners
 
         return fork(lambda: function(self), prepare)
 

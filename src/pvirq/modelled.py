@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers.blkfront import BlkFront
-from pvirq.drivers.console import Console
+from pvirq.drivers.console import Console, note_input
 from pvirq.drivers.netfront import NetFront, netfront
 from pvirq.drivers.xenbus import Driver, Xenbus
 from pvirq.drivers.xencons import XenCons
@@ -49,7 +50,9 @@ class ModelledGuest:
         self.name = name
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, f"pvirq/{name}/{domain.domid}"))
         self.config = DomainConfig(name=name, memory=MEMORY_KIB << 10, vcpus=len(domain.vcpus), uuid=self.uuid)
+        domain.label.name = name
         self.console = Console()
+        self.console.on_input = partial(note_input, domain)
         domain.grant_table = GrantTable(domain)
         dom0, machine = host.dom0.domain, domain.machine
         # In this order, for the guest's ports are 1 and 2.

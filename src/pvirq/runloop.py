@@ -52,6 +52,7 @@ class RunLoop:
         self.idle: Callable[[int | None], int] | None = None
         self.on_turn: Callable[[], None] | None = None
         self.outside = Outside()
+        self.on_machine: list[Callable[[PvGuest], None]] = []  # told of each real guest's machine, before it runs
         self.patience = PATIENCE
         self._machines: dict[int, PvGuest] = {}  # of real guests
         self._kernels: dict[int, Kernel[Any]] = {}  # of modelled domains
@@ -65,14 +66,36 @@ class RunLoop:
         hypervisor.on_shutdown = self._shut_down
         self.clock.on_earlier = self._earlier_deadline
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """What comes next where that is free; None: what is first in line, and time is the machine's."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule | None) -> None:
+        self._schedule = schedule
+        if schedule is not None:
+            schedule.listeners.append(self._note_choice)
+
+    def _note_choice(self, what: str, number: int, n: int, took: int) -> None:
+        self.hypervisor.probes.note("choice", what=what, n=number, of=n, took=took)
+
+    @property
+    def seed(self) -> int | None:
+        """What the schedule is drawn from; None where there is none, or it isn't."""
+        return None if self._schedule is None else self._schedule.seed
+
     # -- what runs -----------------------------------------------------------------------------------------------------
 
     def add_machine(self, machine: PvGuest) -> None:
         """A real guest, the first of which brings the clock its counter."""
         if not self._machines:
             self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
+            self.hypervisor.probes.refresh()  # they may have a clock to look at now that runs
         self._machines[machine.domain.domid] = machine
         self.clock.on_offset(machine.engine.set_tsc_offset)
+        for told in self.on_machine:
+            told(machine)
 
     def remove_machine(self, domid: int) -> PvGuest:
         """A real guest runs no more; another one's counter goes on as the clock's. KeyError."""
@@ -102,7 +125,7 @@ class RunLoop:
     def _wake(self, vcpu: Vcpu) -> None:
         domid = vcpu.domain.domid
         if domid in self._kernels:
-            if self.schedule is not None and self._lets_wait(vcpu):
+            if self._schedule is not None and self._lets_wait(vcpu):
                 return
             self._woken[vcpu] = None
             if self._running is not None:
@@ -117,11 +140,11 @@ class RunLoop:
 
     def _lets_wait(self, vcpu: Vcpu) -> bool:
         """Does a modelled vCPU that was woken now have its turn later?"""
-        assert self.schedule is not None
+        assert self._schedule is not None
         if vcpu in self._woken:
             return False
         if vcpu not in self._late:
-            delay = self.schedule.answer_ns()
+            delay = self._schedule.answer_ns(vcpu)
             if not delay:
                 return False
             self._late[vcpu] = self.clock.at(self.clock.now() + delay, partial(self._now_ready, vcpu))
@@ -192,15 +215,18 @@ class RunLoop:
         if self._woken:
             # Those that these wake in turn come next time: `until` and the clock are looked at in between.
             woken, self._woken = self._woken, {}
-            if self.schedule is not None and len(woken) > 1:
-                first = self.schedule.choose(ORDER, len(woken))
+            if self._schedule is not None and len(woken) > 1:
                 vcpus = list(woken)
+                first = self._schedule.choose(ORDER, len(woken), vcpus=vcpus)
                 woken = dict.fromkeys(vcpus[first:] + vcpus[:first])
             kernels = self._kernels
             try:
                 for vcpu in woken:
                     domain = vcpu.domain
-                    if not vcpu.blocked and vcpu.up and not vcpu.polling and not domain.paused:  # vcpu.runnable
+                    if (
+                        not vcpu.blocked and vcpu.up and not vcpu.polling
+                        and not domain.paused and not vcpu.pause_count
+                    ):  # vcpu.runnable  # fmt: skip
                         kernels[domain.domid].run(vcpu)
             except BaseException:  # a handler of the user's raises: the others' turns aren't lost with that
                 self._woken = woken | self._woken
@@ -214,11 +240,11 @@ class RunLoop:
         if now >= self._slice_end or not any(vcpu is self._last for vcpu in ready):
             self._last = self._next(ready)
             self._slice_end = FOREVER
+        assert self._last is not None
         if len(ready) == 1:
             self._slice_end = FOREVER
         elif self._slice_end > now + SLICE_NS:
-            self._slice_end = now + (SLICE_NS if self.schedule is None else self.schedule.slice_ns())
-        assert self._last is not None
+            self._slice_end = now + (SLICE_NS if self._schedule is None else self._schedule.slice_ns(self._last))
         self._run_vcpu(self._last, ENDLESS if len(ready) == 1 else self.patience)
         return True
 
@@ -229,8 +255,8 @@ class RunLoop:
         if last is not None:
             place = last.domain.domid, last.vcpu_id
             at = next((i for i, vcpu in enumerate(ready) if (vcpu.domain.domid, vcpu.vcpu_id) > place), 0)
-        if self.schedule is not None and len(ready) > 1:
-            at = (at + self.schedule.choose(NEXT, len(ready))) % len(ready)
+        if self._schedule is not None and len(ready) > 1:
+            at = (at + self._schedule.choose(NEXT, len(ready), vcpus=ready[at:] + ready[:at])) % len(ready)
         return ready[at]
 
     def _turn_end(self) -> int:

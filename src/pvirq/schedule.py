@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pvirq.xen.domain import Vcpu
 
 # What a turn may last, in ns, and when a modelled domain that was woken has its turn: the first is what a host without
 # a schedule does. The weights keep a run from being all switches.
@@ -27,6 +30,10 @@ DELAY_WEIGHTS: Final = (24, 2, 2, 2, 2)
 NEXT, SLICE, ANSWER, ORDER = "next", "slice", "answer", "order"
 
 
+Listener = Callable[[str, int, int, int], object]
+"""Is told of each choice: what it was about, the how manieth of all, of how many, and which was taken."""
+
+
 class Schedule:
     """The choices of one run: drawn from a seed, or as a script has them."""
 
@@ -34,7 +41,10 @@ class Schedule:
         self.seed: int | None = seed
         self.count = 0  # choices so far
         self.taken: dict[int, int] = {}
-        self.on_choice: Callable[[str, int, int, int], None] | None = None  # what, which of all, of how many, taken
+        self.listeners: list[Listener] = []
+        # While they are called: for "next" and "order" the vCPUs that it is among, as they stand in line; for "slice"
+        # and "answer" the one whose it is.
+        self.vcpus: Sequence[Vcpu] = ()
         self._random: random.Random | None = random.Random(seed)
         self._script: Mapping[int, int] = {}
 
@@ -51,8 +61,8 @@ class Schedule:
         schedule._script = dict(choices)
         return schedule
 
-    def choose(self, what: str, n: int, weights: Sequence[int] | None = None) -> int:
-        """One of 0 ... n - 1."""
+    def choose(self, what: str, n: int, weights: Sequence[int] | None = None, vcpus: Sequence[Vcpu] = ()) -> int:
+        """One of 0 ... n - 1; `vcpus` are for who is told of it (see `vcpus`)."""
         number = self.count
         self.count += 1
         if self._random is None:
@@ -63,17 +73,18 @@ class Schedule:
             took = self._random.choices(range(n), weights)[0]
         if took:
             self.taken[number] = took
-        if self.on_choice is not None:
-            self.on_choice(what, number, n, took)
+        self.vcpus = vcpus
+        for listener in self.listeners:
+            listener(what, number, n, took)
         return took
 
-    def slice_ns(self) -> int:
-        """How long the next turn may last."""
-        return SLICES[self.choose(SLICE, len(SLICES), SLICE_WEIGHTS)]
+    def slice_ns(self, *vcpu: Vcpu) -> int:
+        """How long the next turn, of `vcpu`, may last."""
+        return SLICES[self.choose(SLICE, len(SLICES), SLICE_WEIGHTS, vcpu)]
 
-    def answer_ns(self) -> int:
-        """After which time a modelled domain that was woken has its turn."""
-        return DELAYS[self.choose(ANSWER, len(DELAYS), DELAY_WEIGHTS)]
+    def answer_ns(self, *vcpu: Vcpu) -> int:
+        """After which time a modelled domain whose `vcpu` was woken has its turn."""
+        return DELAYS[self.choose(ANSWER, len(DELAYS), DELAY_WEIGHTS, vcpu)]
 
     def __repr__(self) -> str:
         return f"<schedule {f'seed {self.seed}' if self._random else f'script of {len(self._script)}'}>"

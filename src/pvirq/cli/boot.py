@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from pvirq.cli import tracing
 from pvirq.engine import DEFAULT_ENGINE, ENGINES
 
 EXIT_STATUS: Final = """\b
@@ -29,6 +30,8 @@ Examples:
   pvirq boot --shell                                look around in the guest
   pvirq boot guest.cfg --exec 'ls /dev/xvd*'        a domain as xl.cfg(5) describes it
   pvirq boot --disk disk.img,raw,xvda,rw --vif bridge=xenbr0 --exec 'cat /proc/interrupts' --dom0-interrupts
+  pvirq boot --disk d.img,raw,xvda,rw --fault 'slow 20ms device=vbd-51712' --exec 'time cat /dev/xvda >/dev/null'
+  pvirq boot --seed 7 --trace run.jsonl --exec 'dd ...'      then: pvirq trace run.jsonl, pvirq replay run.jsonl
   pvirq boot --exec 'touch /tmp/x' --save x.save    then: pvirq restore x.save --exec 'ls /tmp'
   pvirq boot --dom0 ./test-kernel.elf               a kernel as domain 0; --debug-key e for its channels
   pvirq boot ./vmlinux --initrd ./initrd.img --append 'root=/dev/ram0' --timeout 60
@@ -66,6 +69,15 @@ WATCHING: Final = (
     ),
     click.option("--xenstore", is_flag=True, help="At the end print xenstore, as `xenstore-ls -f` in domain 0 does."),
     click.option(
+        "--fault", "faults", multiple=True, metavar="RULE",
+        help="Disturb it, as `pvirq faults` says; may be given several times. At the end: how often each fired.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), metavar="NUMBER",
+        help="A repeatable run: the same to the bit for the same NUMBER. Time is what the guest executes, from the "
+        "year 2000 on; whose turn it is, how long, and when a backend answers is drawn from NUMBER.",
+    ),
+    click.option(
         "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
         help="Give up after so many seconds of the guest's clock, which jumps over the time in which the guest sleeps. "
         "Default: 300 with --exec, else none.",
@@ -74,6 +86,7 @@ WATCHING: Final = (
         "--engine", type=click.Choice(list(ENGINES)), default=DEFAULT_ENGINE, show_default=True,
         help="What runs its code.",
     ),
+    tracing.option,
     click.option("-v", "--verbose", is_flag=True, help="With --exec: the guest's console on stderr."),
     click.option("-q", "--quiet", is_flag=True, help="On stderr nothing but errors."),
 )  # fmt: skip
@@ -86,13 +99,26 @@ def watching(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
-def _check_watching(command: str | None, shell: bool, save: str | None, timeout: float | None) -> None:
+def _check_watching(
+    command: str | None, shell: bool, save: str | None, timeout: float | None, seed: int | None
+) -> None:  # fmt: skip
     if command is not None and shell:
         raise click.UsageError("--exec and --shell exclude each other")
+    if seed is not None and shell:
+        raise click.UsageError("--seed and --shell exclude each other: nobody types the same twice")
     if save is not None and command is None:
         raise click.UsageError("--save needs --exec: when the command has ended, the guest is saved")
     if timeout is not None and math.isnan(timeout):
         raise click.BadParameter("not a number", param_hint="--timeout")
+
+
+def _check_faults(rules: tuple[str, ...]) -> None:
+    """Before a kernel is looked for. FaultError."""
+    if rules:
+        from pvirq.lab.faults import kinds as fault_kinds
+
+        for rule in rules:
+            fault_kinds.parse(rule)
 
 
 @click.command(epilog=EPILOG)
@@ -123,7 +149,8 @@ def boot(
     Without --exec and --shell, the guest's console goes to stdout until the guest ends. Time then passes as on a
     real machine; with --exec or --timeout, a sleeping guest's time jumps to whatever wakes it.
     """
-    _check_watching(watch["command"], watch["shell"], watch["save"], watch["timeout"])
+    _check_watching(watch["command"], watch["shell"], watch["save"], watch["timeout"], watch["seed"])
+    _check_faults(watch["faults"])
     if dom0 and (watch["command"] is not None or watch["shell"] or watch["dom0_interrupts"] or watch["xenstore"]):
         raise click.UsageError("--dom0 has a kernel's console only: no --exec, --shell, --dom0-interrupts, --xenstore")
     if dom0 and (disk or vif or nat):
@@ -154,7 +181,8 @@ def restore(file: str, **watch: Any) -> int:
 
     Its disks must be where they were. --exec and --shell work where the guest was booted with them.
     """
-    _check_watching(watch["command"], watch["shell"], watch["save"], watch["timeout"])
+    _check_watching(watch["command"], watch["shell"], watch["save"], watch["timeout"], watch["seed"])
+    _check_faults(watch["faults"])
     from pvirq.cli.messages import Messages
     from pvirq.cli.session import Session, Watch
 

@@ -12,9 +12,16 @@ import click
 import pvirq
 from pvirq.cli.boot import boot, restore
 from pvirq.cli.cache import cache, fetch
+from pvirq.cli.campaign import campaign
+from pvirq.cli.faults import faults
+from pvirq.cli.inspect import diff, explain, export, parse
+from pvirq.cli.inspect_top import top
+from pvirq.cli.invocation import Invocation
 from pvirq.cli.messages import Messages
 from pvirq.cli.model import model
+from pvirq.cli.replay import replay
 from pvirq.cli.terminal import OutputClosed
+from pvirq.cli.trace import trace
 
 EXIT_ERROR: Final = 1
 EXIT_BAD_INPUT: Final = 2
@@ -26,6 +33,7 @@ Try:
   pvirq boot --exec 'cat /proc/interrupts'
   pvirq boot --shell
   pvirq model writeup-dom0
+  pvirq campaign my.toml
 """
 
 
@@ -38,6 +46,15 @@ def cli() -> None:
 cli.add_command(boot)
 cli.add_command(restore)
 cli.add_command(model)
+cli.add_command(campaign)
+cli.add_command(faults)
+cli.add_command(replay)
+cli.add_command(trace)
+cli.add_command(explain)
+cli.add_command(top)
+cli.add_command(diff)
+cli.add_command(export)
+cli.add_command(parse)
 cli.add_command(fetch)
 cli.add_command(cache)
 
@@ -54,7 +71,8 @@ def run(args: list[str] | None = None) -> int:
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        status = cli.main(args, prog_name="pvirq", standalone_mode=False)
+        args = sys.argv[1:] if args is None else args
+        status = invoke(args, Invocation(args))
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as help_text:
         click.echo(help_text.format_message(), err=True)
@@ -79,8 +97,22 @@ def run(args: list[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
+def invoke(args: list[str], invocation: Invocation) -> object:
+    """Run a command line; what it raises is the caller's."""
+    return cli.main(args, prog_name="pvirq", standalone_mode=False, obj=invocation)
+
+
 def _bad_input() -> tuple[type[Exception], ...]:
     """What a wrong kernel, initrd, option, scenario or cache raises."""
+    from pvirq.lab.campaign.spec import CampaignError
+    from pvirq.lab.faults.values import FaultError
+    from pvirq.lab.replay import RecordedError
+    from pvirq.lab.traceview.perfetto import PerfettoError
+    from pvirq.lab.traceview.plot import PlotError
+    from pvirq.lab.traceview.tracefile import TraceFileError
+
+    """What a wrong kernel, initrd, option, scenario, cache or table raises."""
+    from pvirq.inspect.source import InspectError
     from pvirq.net.outside import OutsideError
     from pvirq.pv.restore import RestoreError
     from pvirq.scenario.schema import ScenarioError
@@ -99,9 +131,16 @@ def _bad_input() -> tuple[type[Exception], ...]:
         CacheError,
         FetchError,
         CpioError,
+        CampaignError,
         ScenarioError,
         ConfigError,
+        FaultError,
+        RecordedError,
         OutsideError,
+        TraceFileError,
+        PlotError,
+        PerfettoError,
+        InspectError,
     )
 
 

@@ -44,13 +44,13 @@ class Messages:
         wanted = not self.quiet and sys.stderr.isatty()
         self._next = self._since + STATUS_S if wanted else float("inf")
 
-    def tick(self) -> None:
-        """Bring the status line up to date; cheap enough for every turn of a loop."""
+    def tick(self, how_far: str = "") -> None:
+        """Bring the status line up to date, with `how_far` it got; cheap enough for every turn of a loop."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + STATUS_S
             self._shown = True
-            _write(f"{CLEAR_LINE}{self._status} ... {now - self._since:.0f} s")
+            _write(f"{CLEAR_LINE}{self._status} ... {how_far}{now - self._since:.0f} s")
 
     def end(self) -> None:
         """No status line any more."""

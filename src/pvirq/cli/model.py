@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from pvirq.cli import tracing
+
 if TYPE_CHECKING:
     from pvirq.cli.messages import Messages
     from pvirq.cli.terminal import Interrupts
@@ -48,12 +50,14 @@ Exit status:
     "--speed", type=click.FloatRange(min=0, min_open=True), metavar="N", default=1.0,
     help="With --watch: virtual seconds in a real one, at most. Default: 1.",
 )  # fmt: skip
+@tracing.option
 @click.option("--list", "listing", is_flag=True, help="List what there is for scenarios, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="On stderr nothing but errors.")
 def model(
     scenario: str | None, interrupts: tuple[str, ...], lsevtchn: tuple[str, ...], maps: tuple[str, ...],
     dmesg: tuple[str, ...], before: bool,
-    seed: int | None, settings: tuple[str, ...], watch: bool, speed: float, listing: bool, quiet: bool,
+    seed: int | None, settings: tuple[str, ...], watch: bool, speed: float, trace: str | None, listing: bool,
+    quiet: bool,
 ) -> int:  # fmt: skip
     """Run a scenario of modelled domains: kernels whose interrupt layer is Python, on real event channels.
 
@@ -78,7 +82,7 @@ def model(
     overrides = [*settings, *([] if seed is None else [f"seed={seed}"])]
     loaded = load(scenario, overrides)
     wanted = [("interrupts", interrupts), ("lsevtchn", lsevtchn), ("map", maps), ("dmesg", dmesg)]
-    return _Session(loaded, wanted, Messages(quiet)).run(before=before, speed=speed if watch else 0)
+    return _Session(loaded, wanted, Messages(quiet)).run(before=before, speed=speed if watch else 0, trace=trace)
 
 
 class _Session:
@@ -90,20 +94,20 @@ class _Session:
         self._messages = messages
         self._views: list[tuple[str, Member]] = []
 
-    def run(self, *, before: bool, speed: float) -> int:
+    def run(self, *, before: bool, speed: float, trace: str | None) -> int:
         """Run it and print; with a `speed` live, at so many virtual seconds in a real one."""
         from pvirq.cli.terminal import Interrupted, Interrupts
 
         with Interrupts() as interrupts:
             try:
-                self._run(interrupts, before, speed)
+                self._run(interrupts, before, speed, trace)
             except Interrupted as interrupted:
                 return interrupted.status
             finally:
                 self._messages.end()
         return 0
 
-    def _run(self, interrupts: Interrupts, before: bool, speed: float) -> None:
+    def _run(self, interrupts: Interrupts, before: bool, speed: float, trace: str | None) -> None:
         from pvirq.cli.terminal import Interrupted
         from pvirq.scenario.run import Run
         from pvirq.scenario.schema import ScenarioError
@@ -115,7 +119,7 @@ class _Session:
             interrupts.check()
 
         messages.begin(f"building {name}")
-        with Run(self._scenario, on_built=on_turn) as run:
+        with Run(self._scenario, on_built=on_turn) as run, tracing.traced(run.host, trace):
             run.host.on_turn = on_turn
             self._views = self._find_views(run)
             run.connect()

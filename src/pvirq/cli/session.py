@@ -13,7 +13,6 @@ from typing import Final, TypeVar
 
 from pvirq import crash
 from pvirq.abi.errno import XenError
-from pvirq.cli import images
 from pvirq.cli.messages import Messages
 from pvirq.cli.terminal import (
     ConsoleInput,
@@ -25,11 +24,13 @@ from pvirq.cli.terminal import (
     raw_terminal,
     terminal_size,
 )
+from pvirq.cli.tracing import traced
 from pvirq.engine import EngineError
 from pvirq.guest import Guest, GuestCrashed, GuestError, GuestTimeout, HostStuck
 from pvirq.host import Host
+from pvirq.lab.faults import Faults
 from pvirq.pv.symbols import symbols_for
-from pvirq.toolstack import savefile, xlcfg
+from pvirq.toolstack import images, savefile, xlcfg
 from pvirq.toolstack.config import Action, DomainConfig
 from pvirq.toolstack.xlcfg import ConfigError
 from pvirq.xen.timer import NS_PER_S
@@ -40,6 +41,7 @@ EXIT_ENDED: Final = 1
 EXIT_CRASHED: Final = 3
 EXIT_TIMEOUT: Final = 4
 EXEC_TIMEOUT: Final = 300.0
+SEEDED_WALLCLOCK: Final = 946_684_800.0  # 2000-01-01
 # The command has ended; whether its guest then powers off in time changes nothing.
 POWEROFF_TIMEOUT: Final = 5.0
 
@@ -70,9 +72,17 @@ class Watch:
     lsevtchn: tuple[int, ...]
     debug_key: tuple[str, ...]
     xenstore: bool
+    faults: tuple[str, ...]
+    seed: int | None
     timeout: float | None
     engine: str
+    trace: str | None
     verbose: bool
+
+    @property
+    def wallclock(self) -> float:
+        """The time of day at which the guest's time begins."""
+        return time.time() if self.seed is None else SEEDED_WALLCLOCK
 
     @property
     def mode(self) -> str:
@@ -89,21 +99,26 @@ class Session:
         self.system_map: Path | None = None
         self._views_wanted = True
         self._from_file = False
+        self._faults: Faults | None = None
 
     def boot(self, guests: Guests) -> int:
         """Returns the exit status. What bad input raises (ImageError, BuildError, ...) is the caller's."""
         options, wanted = self.options, self._config(guests)
         found = guests.kernel is None or (self._from_file and not wanted.kernel)
-        choice = images.choose_kernel(None if found else wanted.kernel, self.say)
+        choice = images.choose_kernel(None if found else wanted.kernel, self.say.note)
         self.system_map = choice.system_map
         image = images.load_kernel(choice.path)
         drivers = [*(["xen-blkfront"] if wanted.disks else []), *(["xen-netfront"] if wanted.vifs else [])]
-        initrd = images.make_initrd(wanted.ramdisk or None, image, bool(options.mode), self.say, choice, drivers)
+        initrd = images.make_initrd(wanted.ramdisk or None, image, bool(options.mode), self.say.note, choice, drivers)
         size = terminal_size(sys.stdout.fileno()) if options.shell else None
         config = replace(wanted, kernel=os.fspath(choice.path))
         if images.is_linux(image):
             config.cmdline = images.command_line(wanted.cmdline, options.mode, bool(wanted.ramdisk), size)
-        with Host(engine=options.engine, wallclock=time.time(), dom0=not guests.dom0) as host:
+        with (
+            Host(engine=options.engine, wallclock=options.wallclock, dom0=not guests.dom0, seed=options.seed) as host,
+            traced(host, options.trace, kernel=Path(choice.path).read_bytes(), initrd=initrd),
+        ):
+            self._disturb(host)
             _make_bridges(host, config)
             if guests.nat:
                 if not config.vifs:
@@ -150,7 +165,11 @@ class Session:
         options = self.options
         with open(path, "rb") as file:
             config, saved = savefile.read(file)
-        with Host(engine=options.engine, wallclock=time.time()) as host:
+        with (
+            Host(engine=options.engine, wallclock=options.wallclock, seed=options.seed) as host,
+            traced(host, options.trace, saved=Path(path).read_bytes()),
+        ):
+            self._disturb(host)
             _make_bridges(host, config)
             guest = host.revive(config, saved)
             if options.mode and f"pvirq={options.mode}" not in guest.config.cmdline.split():
@@ -158,6 +177,13 @@ class Session:
                 return EXIT_ENDED
             with Interrupts() as interrupts:
                 return self._watched(guest, interrupts)
+
+    def _disturb(self, host: Host) -> None:
+        """Make the rules that were asked for, for the host as it is before its guest comes. FaultError."""
+        if self.options.faults:
+            self._faults = Faults(host)
+            for text in self.options.faults:
+                self._faults.rule(text)
 
     def _watched(self, guest: Guest, interrupts: Interrupts) -> int:
         try:
@@ -177,6 +203,9 @@ class Session:
             return EXIT_ENDED
         finally:
             self.say.end()
+            if self._faults is not None:
+                for rule in self._faults.rules:
+                    self.say.note(f"fault {rule}: fired {rule.fired} time{'' if rule.fired == 1 else 's'}")
 
     # -- three ways to watch a guest -----------------------------------------------------------------------------------
 
@@ -248,7 +277,7 @@ class Session:
             return passed
 
         guest.host.on_turn = interrupts.check
-        if self.options.timeout is None:
+        if self.options.timeout is None and self.options.seed is None:
             guest.host.idle = idle
         guest.console.on_output(Newlines(self._stdout).feed)
         return self._wait(guest)

@@ -32,6 +32,7 @@ from pvirq.abi.xen import PAGE_SHIFT
 from pvirq.drivers.blockstore import Discards, Flushes, InPlace
 from pvirq.drivers.grants import Mapped
 from pvirq.drivers.ring import BackRing, RingPages
+from pvirq.drivers.served import ServedRing
 from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
 from pvirq.xen.grant import GrantError
 
@@ -111,10 +112,12 @@ class BlkbackRing:
             for page in self._pages:
                 self._gnttab.unmap(page)
             raise
+        dev.xenbus.served.add(ServedRing(dev, "blkif", self.ring, self._notify))
 
     def free(self) -> None:
         """Stop, unmap everything and close the channel."""
         self._freed = True
+        self.back.dev.xenbus.served.remove(self.ring)
         self._events.unbind(self._irq, self)
         for page in (*self._persistent.values(), *self._pages):
             self._gnttab.unmap(page)
@@ -392,3 +395,6 @@ class BlkbackRing:
         self.ring.put(BLKIF_RESPONSE.pack(ident, operation, status))
         if self.ring.push_responses():
             self._events.notify_remote_via_irq(self._irq)
+
+    def _notify(self) -> None:
+        self._events.notify_remote_via_irq(self._irq)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pvirq.xen.domain import Domain
 
 # struct xencons_interface: in[1024], out[2048], then four free-running u32 indexes.
 IN_SIZE: Final = 1024
@@ -18,6 +22,13 @@ BACKLOG: Final = 1 << 20
 ECHO_MAX: Final = 4096
 
 
+def note_input(domain: Domain, data: bytes) -> None:
+    """Tell instruments that somebody types at a domain's console."""
+    probes = domain.hypervisor.probes
+    if probes.on_noted is not None:
+        probes.note("input", to=domain.domid, data=base64.b64encode(data).decode())
+
+
 class Console:
     """One guest's console: what it wrote, and what it is still to read.
 
@@ -28,6 +39,7 @@ class Console:
         """Without a ring, as for a domain 0, until `attach`."""
         self._page = memoryview(bytearray(4096))
         self._notify: Callable[[], None] = lambda: None
+        self.on_input: Callable[[bytes], None] | None = None  # told of what is sent
         self._input = bytearray()
         # What came one way and has not been seen coming the other (see `_merge`).
         self._ring_only = bytearray()
@@ -105,6 +117,8 @@ class Console:
 
     def send(self, data: bytes) -> None:
         """Type `data` at the guest; what the ring can't hold waits."""
+        if self.on_input is not None:
+            self.on_input(data)
         self._input += data
         if self._fill():
             self._notify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -38,6 +39,7 @@ from pvirq.abi.io_netif import (
 )
 from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.ring import U32, BackRing, RingPages
+from pvirq.drivers.served import ServedRing
 from pvirq.drivers.skb import Skb
 from pvirq.linux.irq import IRQ_HANDLED, IrqHandler, IrqReturn
 from pvirq.xen.grant import GrantError
@@ -104,6 +106,9 @@ class BackQueue:
             self.free()
             raise
         self._tx_irq, self._rx_irq = self._irqs[0], self._irqs[-1]
+        notify = self._events.notify_remote_via_irq
+        dev.xenbus.served.add(ServedRing(dev, "tx", self.tx, partial(notify, self._tx_irq)))
+        dev.xenbus.served.add(ServedRing(dev, "rx", self.rx, partial(notify, self._rx_irq)))
 
     def _bind(self, port: int, handler: IrqHandler, name: str) -> None:
         self._irqs.append(self._events.bind_interdomain(self._domid, port, handler, name, self))
@@ -117,6 +122,9 @@ class BackQueue:
         if self._freed:
             return
         self._freed = True
+        if self._irqs:  # else it didn't come so far
+            for ring in (self.tx, self.rx):
+                self.vif.back.dev.xenbus.served.remove(ring)
         for irq in self._irqs:
             self._events.unbind(irq, self)
         for page in self._mapped:

@@ -156,9 +156,21 @@ class BackRing:
         self._pages.write(at, response)
         self.rsp_prod_pvt = self.rsp_prod_pvt + 1 & U32
 
-    def push_responses(self) -> bool:
-        """Show the responses; True: the frontend wants to be told (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY)."""
-        words, new = self._words, self.rsp_prod_pvt
+    @property
+    def rsp_prod(self) -> int:
+        """Up to where responses have been shown; the index is the backend's, but the frontend can write it too."""
+        return self._words[RSP_PROD]
+
+    @rsp_prod.setter
+    def rsp_prod(self, value: int) -> None:
+        self._words[RSP_PROD] = value & U32
+
+    def push_responses(self, upto: int | None = None) -> bool:
+        """Show the responses; True: the frontend wants to be told (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY).
+
+        With `upto` only those before that index.
+        """
+        words, new = self._words, self.rsp_prod_pvt if upto is None else upto
         old = words[RSP_PROD]
         words[RSP_PROD] = new
         return (new - words[RSP_EVENT] & U32) < (new - old & U32)

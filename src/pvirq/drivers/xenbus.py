@@ -15,6 +15,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.io_xenbus import XenbusState
 from pvirq.drivers.grants import Gnttab
 from pvirq.drivers.pages import Pages
+from pvirq.drivers.served import ServedRings
 from pvirq.drivers.xs import Xs, XsWatch
 from pvirq.linux.irq import IrqError
 from pvirq.linux.kernel import Kernel
@@ -234,6 +235,10 @@ class Bus:
             if dev.kind == kind and dev.driver is None:
                 yield from dev.bind(factory)
 
+    def drives(self, kind: str) -> bool:
+        """Is there a driver for such devices?"""
+        return kind in self._drivers
+
     def unregister_driver(self, kind: str) -> Body[None]:
         """Drive them no longer, as when the module is unloaded: its devices close, and stay known."""
         del self._drivers[kind]
@@ -246,7 +251,7 @@ class Bus:
 
         A backend that is registered again then goes on with the rings of frontends that have not noticed.
         """
-        del self._drivers[kind]
+        self._drivers.pop(kind, None)
         for dev in list(self.devices.values()):
             if dev.kind == kind:
                 yield from dev.unbind(silent=True)
@@ -309,6 +314,7 @@ class Xenbus:
         self.xs = xs
         self.gnttab = Gnttab(kernel)
         self.pages = Pages(kernel.domain)
+        self.served = ServedRings()
         self.frontends = Bus(self, "device", FRONTEND_LEVELS, ("backend-id", "backend"))
         self.backends = Bus(self, "backend", BACKEND_LEVELS, ("frontend-id", "frontend"))
 

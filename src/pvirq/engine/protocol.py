@@ -9,6 +9,7 @@ its owner (KVM) calls the same handler from its run loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 # Indexes into Engine.regs: the order in which x86 encodes its registers, then the instruction pointer.
@@ -143,6 +144,17 @@ class Engine(Protocol):
 
     def invalidate_code(self, address: int, size: int) -> None:
         """Bytes at a machine address were changed behind the CPU's back, and may have been executed before."""
+        ...
+
+    def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` whenever a jump, call or return leads to `va`, before the instruction there.
+
+        Registers but RIP are as they are then, and only to be read. The result takes the watch away.
+
+        For a function's entry and a call's return address, which straight code doesn't come to. What may have been
+        executed there before has to be told of with `invalidate_code`, also when the watch is taken away, or it goes on
+        as it was.
+        """
         ...
 
     def counter(self) -> int:

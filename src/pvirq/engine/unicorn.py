@@ -208,7 +208,27 @@ class UnicornEngine:
         self._hook(unicorn.UC_HOOK_INTR, ctypes.CFUNCTYPE(None, pointer, u32_t, pointer)(interrupt))
         self._hook(unicorn.UC_HOOK_INSN_INVALID, ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer)(invalid))
 
-    def _hook(self, kind: int, callback: Any, instruction: int | None = None) -> None:
+    def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
+        # With bounds of one address only the block that is translated there calls the hook: all others are as ever.
+        def reached(_uc: int, _va: int, _size: int, _data: int) -> None:
+            try:
+                callback()
+            except BaseException as failure:
+                self._fail(failure)
+
+        pointer, lib = ctypes.c_void_p, self._state.lib
+        raw = ctypes.CFUNCTYPE(None, pointer, ctypes.c_uint64, ctypes.c_uint32, pointer)(reached)
+        hook = self._hook(unicorn.UC_HOOK_CODE, raw, first=va, last=va)
+
+        def remove() -> None:
+            # What was translated goes on calling into the list of hooks, so the callback itself stays until the end.
+            if not self._closed:
+                address = ctypes.cast(lib.uc_hook_del, pointer).value or 0
+                ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.c_size_t)(address)(self._handle, hook)
+
+        return remove
+
+    def _hook(self, kind: int, callback: Any, instruction: int | None = None, *, first: int = 1, last: int = 0) -> int:
         # Raw callbacks cost a third of the binding's, which wrap each in a second Python call.
         self._keep.append(callback)
         add = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int, *[ctypes.c_void_p] * 5)(
@@ -221,12 +241,13 @@ class UnicornEngine:
             kind,
             ctypes.cast(callback, ctypes.c_void_p),
             0,
-            1,
-            0,
+            first,
+            last,
             instruction,
         )
         if result:
             raise EngineError(f"unicorn refuses a hook (error {result})")
+        return hook.value
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure

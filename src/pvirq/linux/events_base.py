@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -43,6 +44,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
+from pvirq.xen.probes import Probes, nothing, put
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -427,19 +429,60 @@ class EventsBase:
             assert flow is not None
             flow(desc, cpu)  # generic_handle_irq_desc
 
+        handle = self._told_handle(cpu, handle_irq_for_port)
+
         def upcall() -> None:
             nonlocal count, timeout, defer_eoi
             count, timeout, defer_eoi = 0, 0, False
             handle_events = self.ops.handle_events
             while True:
                 mem[pending] = 0
-                handle_events(cpu, handle_irq_for_port)
+                handle_events(cpu, handle)
                 if not mem[pending]:
                     break
             # Only now: an EOI is deferred only if it comes from inside the loop above.
             irq_epoch[cpu] += 1
 
         return upcall
+
+    # What instruments are told (`pvirq.xen.probes`).
+
+    def probe(self, probes: Probes) -> None:
+        """In front of late EOIs; what is in front of interrupts, `upcall_entry` puts there."""
+        told, late = probes.on_eoi, self.lateeoi
+        if told is None:
+            put(late, "eoi", None)
+            return
+        eoi, vcpus, kernel = MethodType(type(late).eoi, late), self.domain.vcpus, self.kernel
+
+        def told_eoi(info: IrqInfo, spurious: bool) -> None:
+            told(("eoi", vcpus[kernel.cpu], info.evtchn or -1, info.desc.irq, spurious))
+            eoi(info, spurious)
+
+        put(late, "eoi", told_eoi)
+
+    def _told_handle(self, cpu: int, handle: Callable[[int], None]) -> Callable[[int], None]:
+        """`handle_irq_for_port`, with what wants to be told of interrupts around it."""
+        probes = self.domain.hypervisor.probes
+        if probes.on_irq_entry is None and probes.on_irq_exit is None:
+            return handle
+        entry, leave = probes.on_irq_entry or nothing, probes.on_irq_exit or nothing
+        find, vcpu = self._evtchn_to_irq.get, self.domain.vcpus[cpu]
+
+        def told(port: int) -> None:
+            info = find(port)
+            if info is None or info.is_active:
+                handle(port)
+                return
+            desc = info.desc
+            irq = desc.irq
+            entry(("irq_entry", vcpu, port, irq, () if desc.disabled or desc.in_progress else desc.actions))
+            try:
+                handle(port)
+            finally:
+                leave(("irq_exit", vcpu, port, irq))
+
+        return told
 
     # Chips.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from pvirq.abi.errno import Errno
@@ -17,8 +18,9 @@ from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
 from pvirq.linux.irq import IrqError
 from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import GenericIrq, Ipi, Personality
-from pvirq.xen import evtchn, sched
+from pvirq.xen import evtchn, sched, vtimer
 from pvirq.xen.domain import Domain, Vcpu
+from pvirq.xen.probes import Probes, put
 from pvirq.xen.timer import NS_PER_S, Timer
 
 if TYPE_CHECKING:
@@ -77,6 +79,9 @@ class Kernel(Generic[P]):
         self._mem = domain.machine.mem
         self._turns: list[tuple[deque[Callable[[], object]], Callable[[], object]] | None]
         self._turns = [None] * len(domain.vcpus)  # what `run` needs of each CPU
+        domain.label.kind = "modelled"
+        domain.label.kernel = f"{type(self.events).__name__} {'.'.join(map(str, self.events.version))}"
+        domain.hypervisor.probes.register(domain, self)
 
     # Time.
 
@@ -100,10 +105,12 @@ class Kernel(Generic[P]):
     def boot(self) -> None:
         """Boot; afterwards every vCPU is up and blocks until an event comes, or has work left from its boot."""
         self._running = True
+        probes = self.domain.hypervisor.probes
+        before, probes.current = probes.current, self.domain.vcpus[0]
         try:
             self.events.boot()
         finally:
-            self._running = False
+            self._running, probes.current = False, before
         for cpu, vcpu in enumerate(self.domain.vcpus):
             if self.online(cpu):
                 sched.block(vcpu)
@@ -151,7 +158,7 @@ class Kernel(Generic[P]):
         cpu, mem = vcpu.vcpu_id, self._mem
         turn = self._turns[cpu]
         if turn is None:
-            turn = self._turns[cpu] = self._cpus[cpu].work, self.events.upcall_entry(cpu)
+            turn = self._turns[cpu] = self._cpus[cpu].work, self._upcall_entry(cpu)
         work, upcall = turn
         pending = vcpu.info
         mask = pending + VCPU_INFO_UPCALL_MASK
@@ -172,6 +179,27 @@ class Kernel(Generic[P]):
             self.cpu, self._running = before
         # SCHEDOP_block: nothing is pending now.
         vcpu.blocked = True
+
+    # What instruments are told (`pvirq.xen.probes`).
+
+    def probe(self, probes: Probes) -> None:
+        """Put in the way of turns, upcalls and interrupts what instruments want, or take it out."""
+        self._turns = [None] * len(self._turns)  # made anew when a CPU next runs
+        put(self, "run", probes.turn(MethodType(type(self).run, self)) if probes.tells_turns else None)
+        self.events.probe(probes)
+
+    def _upcall_entry(self, cpu: int) -> Callable[[], object]:
+        upcall = self.events.upcall_entry(cpu)
+        told = self.domain.hypervisor.probes.on_upcall
+        if told is None:
+            return upcall
+        record = "upcall", self.domain.vcpus[cpu]
+
+        def told_upcall() -> None:
+            told(record)
+            upcall()
+
+        return told_upcall
 
     # Work for this and other CPUs.
 
@@ -268,7 +296,7 @@ class Kernel(Generic[P]):
             armed.cancel()
             vcpu.singleshot_timer = None
         if timers:
-            vcpu.singleshot_timer = self.clock.at(timers[0][0], lambda: self._timer_due(vcpu))
+            vtimer.arm_singleshot(vcpu, timers[0][0], lambda: self._timer_due(vcpu))
 
     def resume_timers(self) -> None:
         """After resume: what was due meanwhile is due now, on each CPU."""

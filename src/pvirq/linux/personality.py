@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pvirq.linux.irq import IrqAction, IrqHandler
     from pvirq.linux.proc import IrqStat
     from pvirq.xen.msi import PciDevice
+    from pvirq.xen.probes import Probes
 
 
 class Ipi(IntEnum):
@@ -131,6 +132,9 @@ class Personality(ABC):
     def upcall_entry(self, cpu: int) -> Callable[[], object]:
         """The same for one CPU, which is known beforehand: what the kernel calls. Made when the CPU first runs."""
         return partial(self.upcall, cpu)
+
+    def probe(self, probes: Probes) -> None:  # noqa: B027 - not every version has more than its upcalls to look into
+        """Put in the way what instruments want to be told of; upcall entries are made anew after this."""
 
     @abstractmethod
     def send_ipi(self, cpu: int, ipi: Ipi) -> None:

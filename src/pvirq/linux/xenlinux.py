@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import DOMID_SELF, NR_VIRQS, VCPU_INFO_UPCALL_PENDING
-from pvirq.linux.irq import IRQ_HANDLED, IrqError, IrqHandler, IrqReturn
+from pvirq.linux.irq import IRQ_HANDLED, IrqAction, IrqError, IrqHandler, IrqReturn
 from pvirq.linux.irq26 import IRQF_SAMPLE_RANDOM, IrqLayer26
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import StartInfo
 from pvirq.linux.proc import IrqStat
 from pvirq.linux.xenlinux_evtchn import XenLinuxEvtchnUser
 from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_VIRQ, XenLinuxPorts
-from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState
+from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState, Ways
 from pvirq.xen import evtchn
+from pvirq.xen.probes import nothing
+
+# As whose interrupt instruments see the event of a port that has none.
+_DEVICE: Final = (IrqAction(lambda irq, dev_id: IRQ_HANDLED, 0, "evtchn", None),)
 
 
 class XenLinux(XenLinuxPorts):
@@ -48,8 +52,8 @@ class XenLinux(XenLinuxPorts):
         self.port_user: dict[int, XenLinuxEvtchnUser] = {}
         self._warned = False
         self.upcall_state = [UpcallState() for _ in range(self.nr_cpus)]
-        upcall_at = UPCALLS[upcall](self)
-        self._upcalls = [upcall_at(cpu, state) for cpu, state in enumerate(self.upcall_state)]
+        self._upcall_at = UPCALLS[upcall](self)
+        self._upcalls = [self._upcall_at(cpu, state) for cpu, state in enumerate(self.upcall_state)]
         self._stat = [IrqStat() for _ in range(self.nr_cpus)]
         self.initcalls: list[tuple[str, Callable[[], object]]] = []
         self.on_xenbus: Callable[[], object] = lambda: None
@@ -202,7 +206,43 @@ class XenLinux(XenLinuxPorts):
         self._upcalls[cpu]()
 
     def upcall_entry(self, cpu: int) -> Callable[[], None]:
-        return self._upcalls[cpu]
+        state = self.upcall_state[cpu]
+        kept = state.l1i, state.l2i
+        upcall = self._upcalls[cpu] = self._upcall_at(cpu, state)  # anew: instruments may be in its way now, or gone
+        state.l1i, state.l2i = kept
+        return upcall
+
+    def ways(self, cpu: int) -> Ways:
+        """What an upcall calls for a port at a CPU, with what wants to be told of interrupts in between."""
+        find, do_irq, device = self.evtchn_to_irq.get, self.irq.entry(cpu), self.evtchn_device_upcall
+        probes = self.domain.hypervisor.probes
+        if probes.on_irq_entry is None and probes.on_irq_exit is None:
+            return find, do_irq, device
+        entry, leave = probes.on_irq_entry or nothing, probes.on_irq_exit or nothing
+        vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
+        latest = 0
+
+        def told_find(port: int) -> int | None:
+            nonlocal latest
+            latest = port
+            return find(port)
+
+        def told_irq(irq: int) -> None:
+            port = latest
+            desc = descs.get(irq)
+            actions = desc.actions if desc is not None and not desc.status & disabled else ()
+            entry(("irq_entry", vcpu, port, irq, actions))
+            try:
+                do_irq(irq)
+            finally:
+                leave(("irq_exit", vcpu, port, irq))
+
+        def told_device(port: int) -> None:
+            entry(("irq_entry", vcpu, port, -1, _DEVICE))
+            device(port)
+            leave(("irq_exit", vcpu, port, -1))
+
+        return told_find, told_irq, told_device
 
     def force_evtchn_callback(self) -> None:
         """Events have come while they were masked: take them now, as a hypercall's return does in the kernel."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pvirq.linux.xenlinux import XenLinux
 
 Upcall = Callable[[], None]
+Ways = tuple[Callable[[int], int | None], Callable[[int], None], Callable[[int], None]]
+"""The IRQ of a port, None without; do_IRQ; and what takes a port without an IRQ."""
 
 
 class UpcallState:
@@ -41,11 +43,10 @@ def lowest_first(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """The original."""
     mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
 
     def at(cpu: int, state: UpcallState) -> Upcall:
         info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
-        do_irq = events.irq.entry(cpu)
+        get_irq, do_irq, device = events.ways(cpu)
 
         def upcall() -> None:
             while True:
@@ -84,12 +85,11 @@ def round_robin(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """linux-2.6.18-xen changeset 324: last_processed_l1i, last_processed_l2i."""
     mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
     last = (1 << shift) - 1
 
     def at(cpu: int, state: UpcallState) -> Upcall:
         info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
-        do_irq = events.irq.entry(cpu)
+        get_irq, do_irq, device = events.ways(cpu)
         state.l1i = state.l2i = last
 
         def upcall() -> None:
@@ -147,12 +147,11 @@ def snapshot(events: XenLinux) -> Callable[[int, UpcallState], Upcall]:
     """SUSE: current_l1i, current_l2i."""
     mem, words = events.mem, events.words
     pending, mask, shift = events.pending_words, events.mask_words, events.word_shift
-    get_irq, device = events.evtchn_to_irq.get, events.evtchn_device_upcall
     last = (1 << shift) - 1
 
     def at(cpu: int, state: UpcallState) -> Upcall:
         info, selector, mine = events.domain.vcpus[cpu].info, events.selector[cpu], events.cpu_evtchn_mask[cpu]
-        do_irq = events.irq.entry(cpu)
+        get_irq, do_irq, device = events.ways(cpu)
 
         def upcall() -> None:
             while True:

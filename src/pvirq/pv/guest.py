@@ -18,7 +18,9 @@ from pvirq.engine.protocol import RAX, RIP
 from pvirq.pv import descriptors
 from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import GuestCrash
+from pvirq.pv.image import KernelImage
 from pvirq.pv.pagetable import ACCESSED, ADDRESS, DIRTY, GUEST_KERNEL, NX, PSE, USER, XEN_SLOTS, PageTables
+from pvirq.pv.probed import ProbedGuest
 from pvirq.pv.vcpu import PvVcpu
 from pvirq.xen import vtimer
 from pvirq.xen.domain import Domain, Vcpu
@@ -76,6 +78,8 @@ class PvGuest:
         self.current = self.cpus[0]
         self.engine.handler = self.current
         self._blank_state: bytes | None = None
+        self.kernel_image: Callable[[], KernelImage | None] = lambda: None  # the file that it runs, if it is there
+        domain.hypervisor.probes.register(domain, ProbedGuest(self))
 
     def _xen_slots(self) -> list[int]:
         """The level-4 entries of Xen's part of a new root table (init_xen_l4_slots).

@@ -74,6 +74,14 @@ class GuestMemory:
         finally:
             self._walk_root = root
 
+    def translate_as_kernel(self, va: int) -> int:
+        """`translate` through the kernel's page tables."""
+        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        try:
+            return self.translate(va)
+        finally:
+            self._walk_root = root
+
     def write(self, va: int, data: bytes) -> None:
         """Copy to the guest; XenError(EFAULT), and nothing copied, where any of it can't be written."""
         va &= M64

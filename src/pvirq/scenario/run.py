@@ -76,10 +76,16 @@ class Run:
     in the file can't be.
     """
 
-    def __init__(self, scenario: Scenario, on_built: Callable[[], object] = lambda: None) -> None:
-        """`on_built` is called after each domain's building and connecting, which can be many."""
+    def __init__(
+        self, scenario: Scenario, on_built: Callable[[], object] = lambda: None, *, host_seed: int | None = None
+    ) -> None:
+        """`on_built` is called after each domain's building and connecting, which can be many.
+
+        `host_seed` is the host's own: what comes next where Xen leaves it open (`Host`).
+        """
         self.scenario = scenario
         self._on_built = on_built
+        self._host_seed = host_seed
         self.times_done = 0
         self.times = 0
         self._parts: list[Completion[Any]] = []
@@ -104,7 +110,10 @@ class Run:
         tables = [{key: value for key, value in device.items() if key is not None} for device in spec.devices]
         factory = self._factory(spec.kernel, spec.style, ("dom0",))
         try:
-            return Host(dom0_kernel=factory, dom0_vcpus=spec.vcpus, hardware=tables or spec.platform or "none")
+            return Host(
+                dom0_kernel=factory, dom0_vcpus=spec.vcpus, hardware=tables or spec.platform or "none",
+                seed=self._host_seed,
+            )  # fmt: skip
         except HardwareError as error:
             if error.device < 0 or spec.platform:
                 raise Unexpected(("dom0", "platform"), str(error)) from None

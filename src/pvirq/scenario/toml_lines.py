@@ -41,7 +41,8 @@ def _lines(text: str) -> dict[Path, int]:
                 arrays[path] = arrays.get(path, -1) + 1
                 path = (*path, arrays[path])
             table = path
-            found.setdefault(path, number)
+            for length in range(1, len(path) + 1):  # [a.b] makes a table a, too
+                found.setdefault(path[:length], number)
             continue
         if starts and (key := _KEY.match(line)):
             path = table

@@ -7,6 +7,7 @@ event channels, shared_info and blocking are one code for both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from pvirq.abi.xen import (
 )
 from pvirq.xen.memory import ABANDONED, PGT_NONE, PGT_WRITABLE, Machine
 from pvirq.xen.pirq import DomainPirqs
-from pvirq.xen.probes import Probes
+from pvirq.xen.probes import Probed, Probes
 from pvirq.xen.timer import Clock, Timer
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ class Vcpu:
     """One virtual CPU.
 
     `info` is the byte offset of its struct vcpu_info in machine memory. A vCPU runs when it is `up` (VCPUOP_up),
-    not `blocked` (SCHEDOP_block), not in `polling` (SCHEDOP_poll) and its domain is not paused.
+    not `blocked` (SCHEDOP_block), not in `polling` (SCHEDOP_poll), and neither it nor its domain is paused.
     """
 
     __slots__ = (
-        "blocked", "domain", "info", "periodic_last", "periodic_ns", "periodic_timer", "pinned", "poll_port",
-        "poll_timer", "polling", "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn", "yielded",
+        "blocked", "domain", "info", "pause_count", "periodic_last", "periodic_ns", "periodic_timer", "pinned",
+        "poll_port", "poll_timer", "polling", "singleshot_timer", "up", "vcpu_id", "virq_to_evtchn", "yielded",
     )  # fmt: skip
 
     def __init__(self, domain: Domain, vcpu_id: int) -> None:
@@ -55,6 +56,7 @@ class Vcpu:
         self.up = False
         self.blocked = False
         self.polling = False
+        self.pause_count = 0
         self.poll_port = 0  # 0: none, -1: several, else the one polled (struct vcpu's poll_evtchn)
         self.poll_timer: Timer | None = None
         self.yielded = False  # it wants another to have its turn; who gives turns takes this back
@@ -67,7 +69,17 @@ class Vcpu:
 
     @property
     def runnable(self) -> bool:
-        return self.up and not self.blocked and not self.polling and not self.domain.paused
+        return self.up and not self.blocked and not self.polling and not self.domain.paused and not self.pause_count
+
+    def pause(self) -> None:
+        """Not while this vCPU runs: let it run no more until as many `unpause`s (vcpu_pause)."""
+        self.pause_count += 1
+
+    def unpause(self) -> None:
+        """Take one `pause` back (vcpu_unpause)."""
+        self.pause_count -= 1
+        if self.runnable:
+            self.domain.hypervisor.on_wake(self)  # what woke it meanwhile was in vain
 
     def event_pending(self) -> bool:
         """An upcall is due: pending and not masked (local_events_need_delivery)."""
@@ -91,6 +103,19 @@ class Vcpu:
         """
         if self.polling:
             self.kick()
+
+
+@dataclass
+class Label:
+    """What those who fill a domain say of it, for traces: its name, "real" or "modelled", its kernel.
+
+    `irqs`: how much a trace can tell of a real guest's interrupts (`pvirq.pv.irq_watch`).
+    """
+
+    name: str = ""
+    kind: str = ""
+    kernel: str = ""
+    irqs: str = ""
 
 
 class Domain:
@@ -137,6 +162,8 @@ class Domain:
         self.shutdown_code: int | None = None  # latched by SCHEDOP_shutdown_code for a shutdown still to come
         self.shutdown_reason: int | None = None
         self.watchdogs: list[Timer | None] = [None, None]  # SCHEDOP_watchdog, by id - 1; None: not in use
+        self.label = Label(f"domain {domid}" if domid else "Domain-0")
+        self.probed: list[Probed] = []  # what instruments look into of it, beyond its event channels
         mfn = self.machine.alloc(1, DOMID_XEN)
         self.machine.share(mfn, domid)
         self.shared_info_mfn = mfn
@@ -218,6 +245,8 @@ class Domain:
         if self.shutdown_reason is None:
             self.shutdown_reason = self.shutdown_code
             self.paused = True
+            if (told := self.hypervisor.probes.on_shut_down) is not None:
+                told(("shut_down", self, self.shutdown_code))
             self.hypervisor.on_shutdown(self)
 
     def unpause(self) -> None:
@@ -293,6 +322,7 @@ class Hypervisor:
             raise XenError(Errno.EEXIST, f"domain {domid} exists")
         domain = Domain(self, domid, privileged=privileged, vcpus=vcpus, max_evtchns=max_evtchns, word_bits=word_bits)
         self.domains[domid] = domain
+        self.probes.domain_created(domain)
         return domain
 
     def find_domain(self, domid: int, caller: Domain) -> Domain:
@@ -340,6 +370,8 @@ class Hypervisor:
                 domain.put_granted(mfn, i < writable)
         del self.domains[domain.domid]
         self._free_frames_of(domain)
+        if (told := self.probes.on_ended) is not None:
+            told(("ended", domain))
 
     def _free_frames_of(self, domain: Domain) -> None:
         machine = self.machine

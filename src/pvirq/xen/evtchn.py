@@ -6,8 +6,10 @@ one may have left its mark (a port array that has grown).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import (
@@ -71,6 +73,9 @@ __all__ = [
     "virq_is_global",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _STATUS: Final = {
     ECS_FREE: EVTCHNSTAT_closed,
     ECS_RESERVED: EVTCHNSTAT_closed,
@@ -94,12 +99,27 @@ class Status:
     virq: int = 0
 
 
+def _operation(function: Callable[Concatenate[Domain, P], R]) -> Callable[Concatenate[Domain, P], R]:
+    """An EVTCHNOP_*, which the caller's `EventChannels.check` may refuse. (`send` and `unmask` ask it themselves.)"""
+    name = function.__name__
+
+    @wraps(function)
+    def operation(caller: Domain, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        check = caller.evtchn.check
+        if check is not None:
+            check(name)
+        return function(caller, *args, **kwargs)
+
+    return operation
+
+
 def _check_target(caller: Domain, target: Domain) -> None:
     """The default policy for acting on a domain's channels (xsm/dummy.h, XSM_TARGET)."""
     if caller is not target and not caller.privileged:
         raise XenError(Errno.EPERM, f"{caller} may not act on {target}")
 
 
+@_operation
 def alloc_unbound(caller: Domain, dom: int, remote_dom: int, port: int = 0) -> int:
     """EVTCHNOP_alloc_unbound: a port in `dom` that `remote_dom` may bind to; DOMID_SELF is the caller.
 
@@ -119,6 +139,7 @@ def alloc_unbound(caller: Domain, dom: int, remote_dom: int, port: int = 0) -> i
     return channel.port
 
 
+@_operation
 def bind_interdomain(caller: Domain, remote_dom: int, remote_port: int) -> int:
     """EVTCHNOP_bind_interdomain: connect a new local port to an unbound one that waits for the caller.
 
@@ -146,6 +167,7 @@ def bind_interdomain(caller: Domain, remote_dom: int, remote_port: int) -> int:
     return local.port
 
 
+@_operation
 def bind_virq(caller: Domain, virq: int, vcpu: int) -> int:
     """EVTCHNOP_bind_virq. Raises EINVAL (number; a global VIRQ off vCPU 0), ENOENT (vCPU), EEXIST, ENOSPC."""
     if not 0 <= virq < NR_VIRQS or (virq_is_global(virq) and vcpu != 0):
@@ -163,6 +185,7 @@ def bind_virq(caller: Domain, virq: int, vcpu: int) -> int:
     return channel.port
 
 
+@_operation
 def bind_ipi(caller: Domain, vcpu: int) -> int:
     """EVTCHNOP_bind_ipi: a port whose notifications go to a vCPU of the caller. Raises ENOENT, ENOSPC."""
     caller.vcpu(vcpu)
@@ -174,6 +197,7 @@ def bind_ipi(caller: Domain, vcpu: int) -> int:
     return channel.port
 
 
+@_operation
 def bind_pirq(caller: Domain, pirq: int, flags: int) -> int:
     """EVTCHNOP_bind_pirq, on vCPU 0. Raises EINVAL, EPERM, EEXIST, ENOSPC, and what the line refuses with."""
     evtchn, pirqs = caller.evtchn, caller.evtchn.pirqs
@@ -196,6 +220,7 @@ def bind_pirq(caller: Domain, pirq: int, flags: int) -> int:
     return channel.port
 
 
+@_operation
 def close(caller: Domain, port: int) -> None:
     """EVTCHNOP_close. Raises EINVAL."""
     caller.evtchn.close(port)
@@ -203,7 +228,10 @@ def close(caller: Domain, port: int) -> None:
 
 def send(caller: Domain, port: int) -> None:
     """EVTCHNOP_send: notify the other end; lost while none is bound. Raises EINVAL for any other kind."""
-    channels = caller.evtchn.channels
+    evtchn = caller.evtchn
+    if evtchn.check is not None:
+        evtchn.check("send")
+    channels = evtchn.channels
     if not 0 <= port < len(channels):
         raise XenError(Errno.EINVAL, f"no port {port}")
     channel = channels[port]
@@ -213,19 +241,20 @@ def send(caller: Domain, port: int) -> None:
     if state == ECS_INTERDOMAIN:
         domain = channel.remote_domain
         assert domain is not None
-        evtchn = domain.evtchn
-        remote = evtchn.channels[channel.remote_port]
+        remote_evtchn = domain.evtchn
+        remote = remote_evtchn.channels[channel.remote_port]
         vcpu = domain.vcpus[remote.notify_vcpu]
         if remote.consumer is not None:
             remote.consumer(vcpu, remote.port)
         else:
-            evtchn.ops.set_pending(vcpu, remote)
+            remote_evtchn.ops.set_pending(vcpu, remote)
     elif state == ECS_IPI:
-        caller.evtchn.ops.set_pending(caller.vcpus[channel.notify_vcpu], channel)
+        evtchn.ops.set_pending(caller.vcpus[channel.notify_vcpu], channel)
     elif state != ECS_UNBOUND:
         raise XenError(Errno.EINVAL, f"port {port} has no other end")
 
 
+@_operation
 def status(caller: Domain, dom: int, port: int) -> Status:
     """EVTCHNOP_status. Raises ESRCH, EINVAL (no such port), EACCES (Xen's own), EPERM."""
     domain = caller.hypervisor.find_domain(dom, caller)
@@ -247,6 +276,7 @@ def status(caller: Domain, dom: int, port: int) -> Status:
     return Status(kind, vcpu)
 
 
+@_operation
 def bind_vcpu(caller: Domain, port: int, vcpu: int) -> None:
     """EVTCHNOP_bind_vcpu: notify that vCPU from now on; an event already pending stays where it is.
 
@@ -261,16 +291,21 @@ def bind_vcpu(caller: Domain, port: int, vcpu: int) -> None:
     if state == ECS_PIRQ and channel.notify_vcpu != vcpu:
         caller.evtchn.pirqs.set_affinity(channel.pirq, target)
     channel.notify_vcpu = vcpu
+    if (told := caller.hypervisor.probes.on_bound) is not None:
+        told(("bound", caller, channel))
 
 
 def unmask(caller: Domain, port: int) -> None:
     """EVTCHNOP_unmask: clear the mask bit, deliver what is pending. Raises EINVAL for no port at all."""
     evtchn = caller.evtchn
+    if evtchn.check is not None:
+        evtchn.check("unmask")
     channel = evtchn.port(port)
     if channel.consumer is None and channel.state > ECS_RESERVED:
         evtchn.ops.unmask(channel)
 
 
+@_operation
 def reset(caller: Domain, dom: int, resuming: bool = False) -> None:
     """EVTCHNOP_reset: close all ports of a domain and return it to the two-level ABI.
 
@@ -286,6 +321,7 @@ def reset(caller: Domain, dom: int, resuming: bool = False) -> None:
     domain.evtchn.reset()
 
 
+@_operation
 def init_control(caller: Domain, gfn: int, offset: int, vcpu: int) -> int:
     """EVTCHNOP_init_control: give a vCPU its control block; the first switches the domain to the FIFO ABI.
 
@@ -309,6 +345,7 @@ def init_control(caller: Domain, gfn: int, offset: int, vcpu: int) -> int:
     return EVTCHN_FIFO_LINK_BITS
 
 
+@_operation
 def expand_array(caller: Domain, gfn: int) -> None:
     """EVTCHNOP_expand_array: one page more of event words. Raises EOPNOTSUPP (no FIFO), ENOSPC, EINVAL."""
     ops = caller.evtchn.ops
@@ -317,6 +354,7 @@ def expand_array(caller: Domain, gfn: int) -> None:
     ops.add_page(gfn)
 
 
+@_operation
 def set_priority(caller: Domain, port: int, priority: int) -> None:
     """EVTCHNOP_set_priority, 0 (highest) to 15. Raises EINVAL, ENOSYS (two-level), EACCES (not in use)."""
     evtchn = caller.evtchn

@@ -88,6 +88,13 @@ class TwoLevel:
         if mem[self._pending + at] & bit:
             self._select(self._domain.vcpus[channel.notify_vcpu], port)
 
+    def mask(self, channel: Channel) -> bool:
+        """Set the mask bit as the guest could; returns whether it was clear."""
+        if self.is_masked(channel):
+            return False
+        self._mem[self._mask + (channel.port >> 3)] |= 1 << (channel.port & 7)
+        return True
+
     def is_pending(self, channel: Channel) -> bool:
         # Back from FIFO there can be ports beyond the bitmap.
         port = channel.port

@@ -46,16 +46,17 @@ class Channel:
 
     UNBOUND `remote_domid`; INTERDOMAIN `remote_domain`, `remote_port`; PIRQ `pirq`; VIRQ `virq`. The FIFO
     fields (`pending`: raised while its event word had no page; `priority`; the queue it was last put on)
-    outlive a close.
+    outlive a close. `generation` counts the closes: who holds on to a channel knows by it whether it is the same one.
     """
 
     __slots__ = (
-        "consumer", "last_priority", "last_vcpu", "notify_vcpu", "pending", "pirq", "port", "priority",
+        "consumer", "generation", "last_priority", "last_vcpu", "notify_vcpu", "pending", "pirq", "port", "priority",
         "remote_domain", "remote_domid", "remote_port", "state", "virq",
     )  # fmt: skip
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.generation = 0
         self.state = ECS_FREE
         self.consumer: XenConsumer | None = None
         self.notify_vcpu = 0
@@ -112,12 +113,14 @@ class EventChannels:
     """The event channels of one domain (the evtchn fields of struct domain).
 
     `active` counts ports in use, `xen_active` those of them that Xen itself consumes; port 0 is reserved and
-    not counted.
+    not counted. `generation` counts ports that were taken or given back: while it is the same, so are they. `check`,
+    where set, is asked before each of the domain's operations (`probes.Check`).
     """
 
     def __init__(self, domain: Domain, max_evtchns: int = -1) -> None:
         """`max_evtchns` is the highest permitted port; -1: as many as the ABI has (evtchn_init)."""
         self.domain = domain
+        self.check = domain.hypervisor.probes.check_of(domain)
         self.max_port = INT_MAX if max_evtchns < 0 else min(max_evtchns, INT_MAX)
         self.ops: TwoLevel | Fifo
         self.use(TwoLevel(domain))
@@ -126,6 +129,7 @@ class EventChannels:
         self.channels[0].state = ECS_RESERVED
         self.active = 0
         self.xen_active = 0
+        self.generation = 0
         self._taken = bytearray(EVTCHNS_PER_BUCKET)  # by port, 1: not to be given out, being bound
         self._taken[0] = 1
         self._first_free = 1  # no port below is free
@@ -138,7 +142,7 @@ class EventChannels:
     def use(self, ops: TwoLevel | Fifo) -> None:
         """Go on with another ABI."""
         self.ops = ops
-        self.domain.hypervisor.probes.cover(ops)
+        self.domain.hypervisor.probes.cover(self)
 
     def port(self, port: int) -> Channel:
         """The channel object of a port, in use or not; XenError(EINVAL) beyond the ports allocated so far."""
@@ -211,6 +215,7 @@ class EventChannels:
             self._taken += bytes(len(channels) - len(self._taken))
         self._taken[port] = 1
         self.active += 1
+        self.generation += 1
         return channels[port]
 
     def check_free(self, channel: Channel) -> None:
@@ -220,6 +225,7 @@ class EventChannels:
             self._give_back(channel.port)
 
     def _give_back(self, port: int) -> None:
+        self.generation += 1
         self._taken[port] = 0
         self._first_free = min(self._first_free, port)
 
@@ -231,6 +237,7 @@ class EventChannels:
             self.xen_active -= 1
             channel.consumer = None
         self.active -= 1
+        channel.generation += 1
         channel.state = ECS_FREE
         channel.notify_vcpu = 0
         channel.remote_domain = None

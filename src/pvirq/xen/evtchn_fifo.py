@@ -89,7 +89,7 @@ class Fifo:
         self._array.append(self._map_guest_page(gfn))
         for channel in self._channels[first : first + WORDS_PER_PAGE]:
             if channel.pending:
-                self.set_pending(self._domain.vcpus[channel.notify_vcpu], channel)
+                self._relink(channel)
 
     def destroy(self) -> None:
         """Let go of the guest's pages."""
@@ -174,15 +174,16 @@ class Fifo:
 
     def outcome(self, vcpu: Vcpu, channel: Channel) -> str:
         """What `set_pending` would come to now (`pvirq.xen.probes`)."""
-        at = self._word(channel.port)
-        if not at:
+        port = channel.port
+        page, array = port >> WORD_SHIFT, self._array
+        if page >= len(array):
             return probes.WAITING
         if not self._control[vcpu.vcpu_id]:
             return probes.LOST
-        word = self._u32[at]
-        if word & PENDING:
+        flags = self._mem[(array[page] + (port & WORD_MASK) << 2) + 3]
+        if flags & FLAG_PENDING:
             return probes.COALESCED
-        return probes.MASKED if word & MASKED else probes.PENDING
+        return probes.MASKED if flags & FLAG_MASKED else probes.PENDING
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.
@@ -196,7 +197,19 @@ class Fifo:
             word = self._u32[at] & ~MASKED
             self._u32[at] = word
             if word & PENDING:
-                self.set_pending(self._domain.vcpus[channel.notify_vcpu], channel)
+                self._relink(channel)
+
+    def _relink(self, channel: Channel) -> None:
+        """Put an event on its queue that was raised before: not past the door again (`pvirq.xen.probes`)."""
+        Fifo.set_pending(self, self._domain.vcpus[channel.notify_vcpu], channel)
+
+    def mask(self, channel: Channel) -> bool:
+        """Set the mask bit as the guest could; returns whether it was clear."""
+        at = self._word(channel.port)
+        if not at or self._u32[at] & MASKED:
+            return False
+        self._u32[at] |= MASKED
+        return True
 
     def is_pending(self, channel: Channel) -> bool:
         at = self._word(channel.port)

@@ -30,8 +30,6 @@ class DomainPirqs:
     the port.
     """
 
-    __slots__ = ("_domain", "_info", "_irq_pirq", "_nr_pirqs", "auto_unmask", "eoi_map", "permitted")
-
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self._info: dict[int, Pirq] = {}

@@ -40,13 +40,14 @@ class Clock:
         self._offset = 0  # guest ticks = counter + offset while running
         self._ticks = 0  # guest ticks while stopped
         self._running = False
+        self.counts = False  # a counter lets time run; else it moves by jumps alone
         self.on_earlier: Callable[[int], None] = lambda when: None  # a timer became the next one, due at `when`
         self.set_counter(counter, hz)
 
     def set_counter(self, counter: Callable[[], int] | None, hz: float) -> None:
         """Choose the source of ticks; only before the first guest is built, for the factors are in its memory."""
         if counter is not None:
-            self._counter = counter
+            self._counter, self.counts = counter, True
         mul, shift = int((NS_PER_S << 32) / hz), 0
         while mul >= 1 << 32:
             mul, shift = mul >> 1, shift + 1
@@ -62,7 +63,7 @@ class Clock:
 
     def detach_counter(self) -> None:
         """No counter is left: time stands still but for jumps. Only while stopped."""
-        self._counter = lambda: 0
+        self._counter, self.counts = lambda: 0, False
 
     def counter(self) -> int:
         """What the counter reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -18,6 +19,16 @@ HUGE_TIMEOUT: Final = 1 << 50
 def send_timer_event(vcpu: Vcpu) -> None:
     """VIRQ_TIMER now; lost where the guest has not bound it."""
     evtchn.send_guest_vcpu_virq(vcpu, VIRQ_TIMER)
+
+
+def arm_singleshot(vcpu: Vcpu, when: int, fire: Callable[[], None]) -> None:
+    """Have the vCPU's single-shot timer call `fire` at `when` ns, or when `Probes.deadlines` have it instead."""
+    hypervisor = vcpu.domain.hypervisor
+    moved = when
+    for deadline in hypervisor.probes.deadlines:
+        moved = deadline(vcpu, moved)
+    timer = vcpu.singleshot_timer = hypervisor.clock.at(moved, fire)
+    timer.when = when  # what was asked for
 
 
 def stop_singleshot(vcpu: Vcpu) -> None:
@@ -37,7 +48,7 @@ def set_singleshot(vcpu: Vcpu, when: int) -> None:
     if when < clock.now():
         send_timer_event(vcpu)
     else:
-        vcpu.singleshot_timer = clock.at(when, lambda: send_timer_event(vcpu))
+        arm_singleshot(vcpu, when, lambda: send_timer_event(vcpu))
 
 
 def set_timer_op(vcpu: Vcpu, timeout: int) -> None:
@@ -48,7 +59,7 @@ def set_timer_op(vcpu: Vcpu, timeout: int) -> None:
         return
     if timeout >> 63 or timeout - clock.now() >= HUGE_TIMEOUT:
         timeout = clock.now() + 100 * MILLISECOND
-    vcpu.singleshot_timer = clock.at(timeout, lambda: send_timer_event(vcpu))
+    arm_singleshot(vcpu, timeout, lambda: send_timer_event(vcpu))
 
 
 def set_periodic(vcpu: Vcpu, period: int) -> None:

@@ -1,4 +1,4 @@
-"""The kernel, initrd and kernel parameters of `pvirq boot`."""
+"""What a guest is booted with when its user says little: its kernel's image, its initrd, its kernel parameters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import zstandard
 
-from pvirq.cli.messages import Messages
 from pvirq.pv.builder import BuildError
 from pvirq.pv.image import ImageError, KernelImage, decompress, parse_elf, read_image
 from pvirq.pv.symbols import system_map_for
@@ -20,6 +19,7 @@ from pvirq.toolstack import initrd as initrds
 from pvirq.toolstack import modules
 from pvirq.toolstack.cache import Cache, CacheError, write_atomic
 from pvirq.toolstack.kernels import KernelChoice, fetch_kernel, find_busybox, find_kernel, image_release
+from pvirq.toolstack.packages import Report
 
 FLAVOURS: Final = ("cloud", "generic")
 NO_INITRD: Final = "none"
@@ -27,11 +27,11 @@ NO_INITRD: Final = "none"
 SLOW_S: Final = 0.2
 
 
-def choose_kernel(kernel: str | None, say: Messages) -> KernelChoice:
+def choose_kernel(kernel: str | None, report: Report) -> KernelChoice:
     """The kernel that is named (a file, or else one of the cache), or one that is found or fetched."""
     if kernel is not None and (os.path.lexists(kernel) or not _in_cache(kernel)):
         return KernelChoice(Path(kernel), "named", "", system_map_for(kernel), None)
-    return find_kernel(say.note) if kernel is None else fetch_kernel(kernel, say.note)
+    return find_kernel(report) if kernel is None else fetch_kernel(kernel, report)
 
 
 def _modules_of(kernel: Path) -> Path | None:
@@ -92,12 +92,13 @@ def _keep(cache: Cache, name: str, unpacked: bytes | bytearray | memoryview) -> 
 
 
 def make_initrd(
-    given: str | None, image: KernelImage, with_agent: bool, say: Messages, kernel: KernelChoice | None = None,
-    frontends: Sequence[str] = (),
+    given: str | None, image: KernelImage, with_agent: bool, report: Report, kernel: KernelChoice | None = None,
+    frontends: Sequence[str] = (), files: Mapping[str, bytes | Path] | None = None,
 ) -> bytes:  # fmt: skip
     """The user's initrd, with pvirq's agent or shell in front of it where that is wanted; or the default one.
 
     The default one, and what is put in front, load the modules `frontends` where the kernel hasn't got them built in.
+    `files` (path in the guest: content) are put into the default one. BuildError, BusyboxNotFound.
     """
     if given == NO_INITRD:
         if with_agent:
@@ -110,20 +111,20 @@ def make_initrd(
             raise BuildError(f"initrd {given}: {getattr(error, 'strerror', None) or error}") from None
         if not with_agent:
             return data
-        return initrds.with_overlay(data, find_busybox(say.note), _drivers(kernel, frontends, say))
+        return initrds.with_overlay(data, find_busybox(report), _drivers(kernel, frontends, report))
     if not is_linux(image):
         if with_agent:
             raise BuildError(f"--exec and --shell need a Linux kernel; this one says that it is {image.guest_os!r}")
         return b""
-    return initrds.default_initrd(find_busybox(say.note), modules=_drivers(kernel, frontends, say))
+    return initrds.default_initrd(find_busybox(report), files, modules=_drivers(kernel, frontends, report))
 
 
-def _drivers(kernel: KernelChoice | None, names: Sequence[str], say: Messages) -> list[tuple[str, bytes]]:
+def _drivers(kernel: KernelChoice | None, names: Sequence[str], report: Report) -> list[tuple[str, bytes]]:
     if not names or kernel is None:
         return []
     modules_dir = kernel.modules_dir or _modules_of(kernel.path)
     if modules_dir is None:
-        say.note(f"no modules of this kernel are at hand: its drivers {' and '.join(names)} have to be built in")
+        report(f"no modules of this kernel are at hand: its drivers {' and '.join(names)} have to be built in")
         return []
     try:
         return modules.read_modules(modules_dir, names)

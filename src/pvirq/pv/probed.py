@@ -1,0 +1,202 @@
+"""What instruments are told of a real guest: its turns, hypercalls, upcalls and interrupts (`pvirq.xen.probes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
+
+from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
+from pvirq.abi.errno import XenError
+from pvirq.pv.hypercalls.protocol import int32
+from pvirq.pv.irq_watch import NOTHING, IrqWatch
+from pvirq.xen.probes import (
+    BLOCKED,
+    DOWN,
+    PAUSED,
+    POLLING,
+    SLICE,
+    YIELDED,
+    Probes,
+    Tell,
+    nothing,
+    put,
+)
+
+if TYPE_CHECKING:
+    from pvirq.pv.guest import PvGuest
+    from pvirq.pv.hypercalls import Hypercall
+    from pvirq.pv.vcpu import PvVcpu
+    from pvirq.xen.domain import Vcpu
+
+
+def _named(module: object, prefix: str) -> dict[int, str]:
+    numbers = {name.removeprefix(prefix): value for name, value in vars(module).items() if name.startswith(prefix)}
+    return {value: name for name, value in numbers.items() if isinstance(value, int)}
+
+
+_HYPERCALLS: Final = _named(xen, "HYPERVISOR_")
+_OPERATIONS: Final = {
+    "event_channel_op": _named(event_channel, "EVTCHNOP_"),
+    "sched_op": _named(sched, "SCHEDOP_"),
+    "vcpu_op": _named(vcpu, "VCPUOP_"),
+    "grant_table_op": _named(grant_table, "GNTTABOP_"),
+    "memory_op": _named(memory, "XENMEM_"),
+    "physdev_op": _named(physdev, "PHYSDEVOP_"),
+}
+# What the structs of event channel operations have for arguments: those that are read, not those that are written.
+_EVTCHN_ARGUMENTS: Final = {
+    event_channel.EVTCHNOP_alloc_unbound: (event_channel.EVTCHN_ALLOC_UNBOUND, 2),
+    event_channel.EVTCHNOP_bind_interdomain: (event_channel.EVTCHN_BIND_INTERDOMAIN, 2),
+    event_channel.EVTCHNOP_bind_virq: (event_channel.EVTCHN_BIND_VIRQ, 2),
+    event_channel.EVTCHNOP_bind_pirq: (event_channel.EVTCHN_BIND_PIRQ, 2),
+    event_channel.EVTCHNOP_bind_ipi: (event_channel.EVTCHN_BIND_IPI, 1),
+    event_channel.EVTCHNOP_close: (event_channel.EVTCHN_PORT, 1),
+    event_channel.EVTCHNOP_send: (event_channel.EVTCHN_PORT, 1),
+    event_channel.EVTCHNOP_unmask: (event_channel.EVTCHN_PORT, 1),
+    event_channel.EVTCHNOP_status: (event_channel.EVTCHN_STATUS, 2),
+    event_channel.EVTCHNOP_bind_vcpu: (event_channel.EVTCHN_BIND_VCPU, 2),
+    event_channel.EVTCHNOP_reset: (event_channel.EVTCHN_RESET, 1),
+    event_channel.EVTCHNOP_init_control: (event_channel.EVTCHN_INIT_CONTROL, 3),
+    event_channel.EVTCHNOP_expand_array: (event_channel.EVTCHN_EXPAND_ARRAY, 1),
+    event_channel.EVTCHNOP_set_priority: (event_channel.EVTCHN_SET_PRIORITY, 2),
+}
+
+
+class ProbedGuest:
+    """Puts in the way of one real guest what is wanted (`pvirq.xen.probes.Probed`)."""
+
+    def __init__(self, guest: PvGuest) -> None:
+        self._guest = guest
+        self._irqs: IrqWatch | None = None
+        self._watching = False
+        self._told_hypercalls = False
+
+    def probe(self, probes: Probes) -> None:
+        guest = self._guest
+        put(guest, "run", self._told_run(probes) if probes.tells_turns else None)
+        self._probe_hypercalls(probes)
+        for cpu in guest.cpus:
+            put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes.on_upcall))
+        self._probe_irqs(probes)
+
+    def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
+        guest = self._guest
+        run = MethodType(type(guest).run, guest)
+        begin, end = probes.on_run or nothing, probes.on_stop or nothing
+
+        def in_front(vcpu: Vcpu, until_ticks: int | None) -> None:
+            before, probes.current = probes.current, vcpu
+            begin(("run", vcpu))
+            try:
+                run(vcpu, until_ticks)
+            finally:
+                probes.current = before
+                end(("stop", vcpu, self._why(vcpu)))
+
+        return in_front
+
+    def _why(self, vcpu: Vcpu) -> str:
+        """Why a turn is over."""
+        if vcpu.domain.paused:
+            return PAUSED
+        if not vcpu.up:
+            return DOWN
+        if vcpu.blocked:
+            return BLOCKED
+        if vcpu.polling:
+            return POLLING
+        return YIELDED if vcpu.yielded or self._guest.engine.pauses <= 0 else SLICE
+
+    # -- hypercalls ----------------------------------------------------------------------------------------------------
+
+    def _probe_hypercalls(self, probes: Probes) -> None:
+        told, done = probes.on_hypercall, probes.on_hypercall_done
+        plain = table = self._guest.hypercalls
+        if told is not None or done is not None:
+            table = [
+                (_told_hypercall(number, handler, told or nothing, done or nothing), arguments)
+                for number, (handler, arguments) in enumerate(table)
+            ]
+        for cpu in self._guest.cpus:
+            if table is not plain or self._told_hypercalls:
+                cpu.hypercalls = table
+        self._told_hypercalls = table is not plain
+
+    # -- interrupts ----------------------------------------------------------------------------------------------------
+
+    def _probe_irqs(self, probes: Probes) -> None:
+        entry, leave, eoi = probes.on_irq_entry, probes.on_irq_exit, probes.on_eoi
+        label = self._guest.domain.label
+        if entry is None and leave is None and eoi is None:
+            if self._watching:
+                assert self._irqs is not None
+                self._irqs.end()
+                self._watching = False
+            return
+        if self._irqs is None:
+            image = self._guest.kernel_image()
+            if image is None:
+                label.irqs = NOTHING
+                return
+            self._irqs = IrqWatch(self._guest, image)
+        label.irqs = self._irqs.level
+        self._irqs.begin(entry or nothing, leave or nothing, eoi)
+        self._watching = True
+
+
+def _told_upcall(cpu: PvVcpu, told: Tell) -> Callable[[int], int]:
+    deliver: Callable[[int], int] = MethodType(type(cpu).deliver_events, cpu)
+    vcpu, mem = cpu.vcpu, cpu.domain.machine.mem
+    record = "upcall", vcpu
+
+    def in_front(rip: int) -> int:
+        info = vcpu.info
+        if mem[info] and not mem[info + 1]:
+            told(record)
+        return deliver(rip)
+
+    return in_front
+
+
+def _told_hypercall(number: int, handler: Hypercall, told: Tell, done: Tell) -> Hypercall:
+    name = _HYPERCALLS.get(number, f"hypercall {number}")
+    operations = _OPERATIONS.get(name)
+    calls = {command: f"{name}.{text}" for command, text in (operations or {}).items()}
+    events = operations is _EVTCHN
+
+    def in_front(cpu: PvVcpu, *arguments: int) -> int:
+        call, values = name, arguments
+        if operations is not None:
+            command = arguments[0] & 0xFFFFFFFF
+            call = calls.get(command) or f"{name}.{int32(command)}"
+            if events:
+                values = _evtchn_arguments(cpu, command, arguments[1])
+        told(("hypercall", cpu.vcpu, call, values))
+        try:
+            result = handler(cpu, *arguments)
+        except XenError as error:
+            done(("hypercall_done", cpu.vcpu, call, -error.errno))
+            raise
+        except BaseException:  # it stops in the middle, to go on later, or the guest has crashed
+            done(("hypercall_done", cpu.vcpu, call, None))
+            raise
+        done(("hypercall_done", cpu.vcpu, call, result))
+        return result
+
+    return in_front
+
+
+_EVTCHN: Final = _OPERATIONS["event_channel_op"]
+
+
+def _evtchn_arguments(cpu: PvVcpu, command: int, at: int) -> tuple[Any, ...]:
+    """What the struct of an event channel operation says; where it can't be read, its address."""
+    form = _EVTCHN_ARGUMENTS.get(command)
+    if form is None:
+        return (at,)
+    layout, count = form
+    try:
+        return layout.unpack(cpu.read(at, layout.size))[:count]
+    except XenError:
+        return (at,)
