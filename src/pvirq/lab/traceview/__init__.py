@@ -1,0 +1,1 @@
+"""Reading traces: what was in them, as numbers, texts and pictures."""
