@@ -1,0 +1,1 @@
+"""The pytest plugin: `plugin` is what pytest loads."""
