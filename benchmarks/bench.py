@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import devices, evtchn, model
+from benchmarks import campaign, devices, evtchn, inspect, model, pytest_guest, tracing
 from pvirq import Guest, Host
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
@@ -83,6 +83,20 @@ TARGETS = {
     "model.events_100x4.2.6.18.per_s": Target("/s", 0, least=200_000),
     "model.events_100x4.suse.per_s": Target("/s", 0, least=200_000),
     "model.events_100x4.pvops.per_s": Target("/s", 0, least=200_000),
+    # What a trace costs: times as long as without one (benchmarks/tracing.py).
+    "tracing.events.2.6.18.ratio": Target("x", 2, most=1.25),
+    "tracing.events.suse.ratio": Target("x", 2, most=1.25),
+    "tracing.events.pvops.ratio": Target("x", 2, most=1.25),
+    "tracing.events_to_file.pvops.ratio": Target("x", 2),
+    "tracing.disk.pvops.ratio": Target("x", 2, most=1.25),
+    "tracing.linux_events.ratio": Target("x", 2, most=1.25),
+    "tracing.linux_events_to_file.ratio": Target("x", 2),
+    # Tables of any host (benchmarks/inspect.py); `percent` is of one core, at one refresh a second.
+    "inspect.interrupts_512x4000.s": Target("s", 2, most=0.5),
+    "inspect.explain_512x4000.s": Target("s", 2),
+    "inspect.log.mb_per_s": Target("MB/s", 0),
+    "inspect.top_64x500.ms": Target("ms", 1),
+    "inspect.top_64x500.percent": Target("%", 1, most=5),
     # Real guests with a disk and a network interface (benchmarks/devices.py); beside real Xen: benchmarks/xen/run.py.
     "devices.boot_userspace.s": Target("s", 2),
     "devices.boot_usable.s": Target("s", 2),
@@ -93,6 +107,18 @@ TARGETS = {
     "devices.ping_guest.us": Target("us", 0),
     "devices.ping_dom0.us": Target("us", 0),
     "devices.tcp_guest.mb_per_s": Target("MB/s", 2),
+    # Campaigns on one worker and on two (benchmarks/campaign.py).
+    "campaign.real.1_worker.s": Target("s", 1),
+    "campaign.real.2_workers.s": Target("s", 1),
+    "campaign.real.run.s": Target("s", 3),
+    "campaign.real.ratio": Target("", 2, least=1.8),
+    "campaign.modelled.1_worker.s": Target("s", 1),
+    "campaign.modelled.2_workers.s": Target("s", 1),
+    "campaign.modelled.run.s": Target("s", 3),
+    "campaign.modelled.ratio": Target("", 2, least=1.8),
+    # Tests under pytest, each in a fork of a booted guest, on one core (benchmarks/pytest_guest.py).
+    "pytest.guest_tests.per_min": Target("/min", 0, least=200),
+    "pytest.guest_tests_with_devices.per_min": Target("/min", 0),
 }
 
 
@@ -208,9 +234,17 @@ def collect(runs: int, wanted: set[str]) -> dict[str, list[float]]:
         repeat(min(runs, 3), evtchn.run, found)
     if any(name.startswith("model.") for name in wanted):
         repeat(min(runs, 3), model.run_apart, found)
+    if any(name.startswith("inspect.") for name in wanted):
+        repeat(min(runs, 3), inspect.run, found)
     if any(name.startswith("devices.") for name in wanted) and shutil.which("gcc"):
         for name, values in devices.run(min(runs, 3)).items():
             found.setdefault(name, []).extend(values)
+    if any(name.startswith("campaign.") for name in wanted):
+        repeat(1, campaign.run, found)
+    if any(name.startswith("pytest.") for name in wanted):
+        repeat(min(runs, 3), pytest_guest.run, found)
+    if any(name.startswith("tracing.") for name in wanted):
+        repeat(1, lambda: tracing.run(bool(shutil.which("gcc"))), found)
     with tempfile.TemporaryDirectory() as scratch:
         files: dict[str, bytes] = {}
         if shutil.which("gcc"):

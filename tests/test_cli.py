@@ -17,12 +17,13 @@ import pytest
 
 import guestlib
 import pvirq
-from pvirq.cli import images, main, terminal
+from pvirq.cli import main, terminal
 from pvirq.cli.boot import MemorySize
 from pvirq.cli.messages import Messages
 from pvirq.cli.terminal import ConsoleInput, Interrupted, Interrupts, Left, Newlines, raw_terminal
 from pvirq.pv.builder import BuildError
 from pvirq.pv.image import ImageError, parse_elf
+from pvirq.toolstack import images
 from pvirq.toolstack.cache import Cache
 from pvirq.toolstack.kernels import KernelChoice
 
@@ -219,24 +220,23 @@ def test_kernel_by_name(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(images, "fetch_kernel", fetched)
     monkeypatch.chdir(files)
-    say = Messages()
-    assert images.choose_kernel("cloud", say).path == Path("/fetched/cloud")
-    assert images.choose_kernel("linux-image-1", say).path == Path("linux-image-1")
+    assert images.choose_kernel("cloud", print).path == Path("/fetched/cloud")
+    assert images.choose_kernel("linux-image-1", print).path == Path("linux-image-1")
     (files / "cache/kernels/linux-image-1").mkdir(parents=True)
-    assert images.choose_kernel("linux-image-1", say).path == Path("/fetched/linux-image-1")
+    assert images.choose_kernel("linux-image-1", print).path == Path("/fetched/linux-image-1")
     (files / "cloud").touch()  # a file of that name comes first
-    assert images.choose_kernel("cloud", say).path == Path("cloud")
+    assert images.choose_kernel("cloud", print).path == Path("cloud")
 
 
 @needs_gcc
 def test_no_initrd_for_what_is_not_linux(files: Path) -> None:
     image = parse_elf(guestlib.build("event").read_bytes())
-    assert images.make_initrd(None, image, False, Messages()) == b""
-    assert images.make_initrd("none", image, False, Messages()) == b""
+    assert images.make_initrd(None, image, False, print) == b""
+    assert images.make_initrd("none", image, False, print) == b""
     (files / "rd").write_bytes(b"as it is")
-    assert images.make_initrd(str(files / "rd"), image, False, Messages()) == b"as it is"
+    assert images.make_initrd(str(files / "rd"), image, False, print) == b"as it is"
     with pytest.raises(BuildError, match="null"):
-        images.make_initrd("\0", image, False, Messages())
+        images.make_initrd("\0", image, False, print)
 
 
 def test_image_error_names_the_file(files: Path) -> None:

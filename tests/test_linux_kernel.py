@@ -21,6 +21,7 @@ from pvirq.xen.memory import Machine
 class Bare(Personality):
     """One upcall flag per CPU and IPIs that set it: the least that `Kernel` can stand on."""
 
+    version = (0, 0, 0)
     hz = 100
 
     def __init__(self, kernel: Kernel[Bare]) -> None:
