@@ -33,7 +33,7 @@ Try:
   pvirq boot --exec 'cat /proc/interrupts'
   pvirq boot --shell
   pvirq model writeup-dom0
-  pvirq campaign my.toml
+  pvirq explain                     this machine's interrupts, or those in files
 """
 
 
