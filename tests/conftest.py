@@ -19,9 +19,12 @@ settings.register_profile("pvirq", _same)
 settings.register_profile("fuzz", _same, derandomize=False, print_blob=True)
 settings.load_profile("pvirq")
 
-# What a shell without job control runs in the background ignores SIGINT, and so would all that the tests start.
+# What a shell without job control runs in the background ignores SIGINT, and what nohup runs SIGHUP; so would all that
+# the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _kernel(flavour: str) -> KernelChoice:
