@@ -299,7 +299,8 @@ class Unread:
 
     def __str__(self) -> str:
         lines = f"{self.first}-{self.last}" if self.last > self.first else f"{self.first}"
-        return f"{self.file}:{lines}: {self.reason}: {self.text.splitlines()[0] if self.text else ''}"
+        where = f"{self.file}:{lines}" if self.first else self.file
+        return f"{where}: {self.reason}" + (f": {self.text.splitlines()[0]}" if self.text else "")
 
 
 @dataclass(frozen=True)
