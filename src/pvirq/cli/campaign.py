@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from pvirq.cli.messages import Messages
     from pvirq.lab.campaign.perform import Outcome
-    from pvirq.lab.campaign.plan import Plan, Run
+    from pvirq.lab.campaign.plan import Run
     from pvirq.lab.campaign.store import Store
 
 EXIT_FAILED: Final = 1
@@ -93,14 +93,14 @@ def run_command(
     with exclusive(path), Store(path, create=True) as store:
         source = plan.campaign.source
         store.plan(plan.campaign.name, file, source.text, plan, fresh=fresh)
-        return _Session(file, plan, store, say).run(wanted, only, workers, scheduler)
+        return _Session(file, store, say).run(wanted, only, workers, scheduler)
 
 
 class _Session:
     """One time that a campaign is run."""
 
-    def __init__(self, file: str, plan: Plan, store: Store, say: Messages) -> None:
-        self._file, self._plan, self._store, self._say = file, plan, store, say
+    def __init__(self, file: str, store: Store, say: Messages) -> None:
+        self._file, self._store, self._say = file, store, say
 
     def run(self, wanted: list[Run], only: tuple[str, ...], workers: int | None, scheduler: str) -> int:
         from pvirq.cli.campaign_view import View

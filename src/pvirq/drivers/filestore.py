@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
-from pvirq.drivers.blockstore import SECTOR, Done, InPlaceStore
+from pvirq.drivers.blockstore import SECTOR, Done, InPlaceStore, MemoryStore
 
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -43,6 +43,28 @@ def _fallocate() -> Callable[[int, int, int, int], int] | None:
     return function  # type: ignore[no-any-return]
 
 
+class PrivateSectors(MemoryStore):
+    """The sectors of an open file, copied as they are written (MAP_PRIVATE): the file itself stays as it is."""
+
+    def __init__(self, fd: int, sectors: int) -> None:
+        """`fd` is needed no longer than this takes. OSError; ValueError for no sectors."""
+        self.sectors = sectors
+        self.data = mmap.mmap(fd, sectors * SECTOR, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.flushes = 0
+        self._view = memoryview(self.data)
+
+    def discard(self, sector: int, count: int, done: Done) -> None:
+        # What a page of such a mapping becomes when it is given back is the file's, and no zeros.
+        start, end = sector * SECTOR, (sector + count) * SECTOR
+        if start < 0 or end > len(self.data):
+            done(None, Errno.EIO)
+        elif count * SECTOR > MOST_ZEROS:
+            done(None, Errno.EOPNOTSUPP)
+        else:
+            self.data[start:end] = bytes(end - start)
+            done(None, None)
+
+
 class FileStore(InPlaceStore):
     """The sectors of a file or block device, in place.
 
@@ -59,7 +81,7 @@ class FileStore(InPlaceStore):
         self.path = os.fspath(path)
         self.readonly = readonly
         self._fd = -1
-        self._private: mmap.mmap | None = None  # in a fork: the file as it is, and what was written since
+        self._private: PrivateSectors | None = None  # in a fork: the file as it is, and what was written since
         try:
             # Non-blocking, or opening a FIFO would wait for its other end.
             flags = os.O_RDONLY if readonly else os.O_RDWR
@@ -77,7 +99,7 @@ class FileStore(InPlaceStore):
 
     def forked(self) -> None:
         if self._fd >= 0 and not self.readonly and self.sectors:
-            self._private = mmap.mmap(self._fd, self.sectors * SECTOR, flags=mmap.MAP_PRIVATE)
+            self._private = PrivateSectors(self._fd, self.sectors)
 
     def close(self) -> None:
         """Let go of the file; idempotent. Requests end with ENXIO from then on."""
@@ -99,14 +121,8 @@ class FileStore(InPlaceStore):
         if at < 0 or at + size > self.sectors * SECTOR:
             return Errno.EIO
         if self._private is not None:
-            for buffer in buffers:
-                end = at + len(buffer)
-                if call is os.preadv:
-                    buffer[:] = memoryview(self._private)[at:end]
-                else:
-                    self._private[at:end] = buffer
-                at = end
-            return None
+            transfer = self._private.readv if call is os.preadv else self._private.writev
+            return transfer(sector, buffers)
         try:
             if len(buffers) <= MOST_BUFFERS and call(fd, buffers, at) == size:
                 return None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 
 from pvirq.abi.errno import Errno, XenError
-from pvirq.drivers.blockstore import SECTOR, Done, MemoryStore
-from pvirq.drivers.filestore import FileStore, errno_of
-
-# How much one discard may write: nobody else is served meanwhile.
-MOST_ZEROS = 64 << 20
+from pvirq.drivers.filestore import FileStore, PrivateSectors, errno_of
 
 
-class PrivateStore(MemoryStore):
-    """The sectors of a file or block device of the host's, copied as they are written (MAP_PRIVATE).
+class PrivateStore(PrivateSectors):
+    """The sectors of a file or block device of the host's, copied as they are written.
 
     The file is locked as a reader's (`FileStore`) until `close`.
     """
@@ -22,14 +17,13 @@ class PrivateStore(MemoryStore):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """XenError as `FileStore`; EINVAL for a file without a sector."""
         self._file = FileStore(path, readonly=True)
-        self.sectors = self._file.sectors
-        self.flushes = 0
         try:
-            if not self.sectors:
+            if not self._file.sectors:
                 raise XenError(Errno.EINVAL, f"{os.fspath(path)}: there is no sector in it")
+            # A descriptor of its own: a mapping keeps its file open, and with it a lock, for longer than `close`.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self.data = mmap.mmap(fd, self.sectors * SECTOR, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+                super().__init__(fd, self._file.sectors)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -38,19 +32,7 @@ class PrivateStore(MemoryStore):
         except XenError:
             self._file.close()
             raise
-        self._view = memoryview(self.data)
 
     def close(self) -> None:
         """Let go of the file; idempotent."""
         self._file.close()
-
-    def discard(self, sector: int, count: int, done: Done) -> None:
-        # What a page of such a mapping becomes when it is given back is the file's, and no zeros.
-        start, end = sector * SECTOR, (sector + count) * SECTOR
-        if start < 0 or end > len(self.data):
-            done(None, Errno.EIO)
-        elif count * SECTOR > MOST_ZEROS:
-            done(None, Errno.EOPNOTSUPP)
-        else:
-            self.data[start:end] = bytes(end - start)
-            done(None, None)

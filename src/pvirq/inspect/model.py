@@ -14,7 +14,6 @@ from pvirq.inspect.source import Where
 
 Counts: TypeAlias = npt.NDArray[np.uint64]
 
-NO_COUNTS: Final[Counts] = np.zeros(0, np.uint64)
 XEN_CHIPS: Final = ("xen-dyn-lateeoi", "xen-dyn", "xen-pirq", "xen-percpu")
 
 

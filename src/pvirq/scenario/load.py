@@ -14,6 +14,7 @@ from pvirq.scenario import fields, workload
 from pvirq.scenario.fields import Unexpected
 from pvirq.scenario.schema import Scenario, ScenarioError, Source
 from pvirq.scenario.toml_lines import Path as Setting
+from pvirq.scenario.toml_lines import read_text
 
 MAX_FILE: Final = 4 << 20
 _AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
@@ -33,19 +34,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Scenario:
     path = Path(name)
     if path.suffix != ".toml" and not path.exists():
         return loads(_read_shipped(name), f"{name}.toml", overrides)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise ScenarioError(f"{name}: {error.strerror}") from None
-    if len(data) > MAX_FILE:
-        raise ScenarioError(f"{name}: longer than {MAX_FILE >> 20} MiB: that is no scenario")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ScenarioError(f"{name}:{line}: expected UTF-8 text") from None
-    return loads(text, name, overrides)
+    return loads(read_text(name, MAX_FILE, "scenario", ScenarioError), name, overrides)
 
 
 def _read_shipped(name: str) -> str:

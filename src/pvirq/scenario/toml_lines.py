@@ -1,4 +1,4 @@
-"""Where in a TOML file a value stands: the standard library's parser gives values without their lines."""
+"""TOML files as text, and where in one a value stands: the standard library's parser gives values without lines."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ _DOTTED = rf"{_PART}(?:\s*\.\s*{_PART})*"
 _HEADER: Final = re.compile(rf"\s*(\[\[?)\s*({_DOTTED})\s*\]\]?\s*(?:#.*)?$")
 _KEY: Final = re.compile(rf"\s*({_DOTTED})\s*=")
 _NEXT_TOKEN: Final = re.compile(r'"""|' + r"'''" + r"""|"(?:\\.|[^"\\])*"|'[^']*'|[\[\]{}#]""")
+
+
+def read_text(name: str, most: int, what: str, error: type[Exception]) -> str:
+    """A file's text, of `most` bytes; `what` it should be, and the `error` that says in one line why it can't."""
+    try:
+        with open(name, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as failure:
+        raise error(f"{name}: {failure.strerror}") from None
+    if len(data) > most:
+        raise error(f"{name}: longer than {most >> 20} MiB: that is no {what}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as failure:
+        raise error(f"{name}:{data[: failure.start].count(10) + 1}: expected UTF-8 text") from None
 
 
 def line_of(text: str, path: Path) -> int:

@@ -30,7 +30,7 @@ from pvirq.scenario.fields import (
     table,
 )
 from pvirq.scenario.toml_lines import Path as Setting
-from pvirq.scenario.toml_lines import line_of
+from pvirq.scenario.toml_lines import line_of, read_text
 from pvirq.toolstack import xlcfg
 from pvirq.toolstack.config import DiskConfig, VifConfig
 from pvirq.xen.timer import NS_PER_S
@@ -288,19 +288,7 @@ class Source:
 
 def load(name: str) -> Campaign:
     """Read a campaign file. CampaignError."""
-    path = Path(name)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise CampaignError(f"{name}: {error.strerror}") from None
-    if len(data) > MAX_FILE:
-        raise CampaignError(f"{name}: longer than {MAX_FILE >> 20} MiB: that is no campaign")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise CampaignError(f"{name}:{data[: error.start].count(10) + 1}: expected UTF-8 text") from None
-    return loads(text, name)
+    return loads(read_text(name, MAX_FILE, "campaign", CampaignError), name)
 
 
 def loads(text: str, name: str = "campaign.toml") -> Campaign:
