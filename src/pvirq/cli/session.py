@@ -116,7 +116,7 @@ class Session:
             config.cmdline = images.command_line(wanted.cmdline, options.mode, bool(wanted.ramdisk), size)
         with (
             Host(engine=options.engine, wallclock=options.wallclock, dom0=not guests.dom0, seed=options.seed) as host,
-            traced(host, options.trace, kernel=Path(choice.path).read_bytes(), initrd=initrd),
+            traced(host, options.trace, kernel=Path(choice.path), initrd=initrd),
         ):
             self._disturb(host)
             _make_bridges(host, config)
@@ -167,7 +167,7 @@ class Session:
             config, saved = savefile.read(file)
         with (
             Host(engine=options.engine, wallclock=options.wallclock, seed=options.seed) as host,
-            traced(host, options.trace, saved=Path(path).read_bytes()),
+            traced(host, options.trace, saved=Path(path)),
         ):
             self._disturb(host)
             _make_bridges(host, config)

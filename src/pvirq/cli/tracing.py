@@ -26,7 +26,7 @@ option: Final = click.option(
 
 
 @contextmanager
-def traced(host: Host, file: str | None, **inputs: bytes) -> Iterator[None]:
+def traced(host: Host, file: str | None, **inputs: bytes | Path) -> Iterator[None]:
     """A trace of what `host` does within, in `file` at the end; None: no trace.
 
     What the command was, and the digests of its `inputs`, go into the file's first line. In `pvirq replay` there is no
@@ -39,7 +39,7 @@ def traced(host: Host, file: str | None, **inputs: bytes) -> Iterator[None]:
     if file is None:
         yield
         return
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in inputs.items()}
+    digests = {name: _digest(data) for name, data in inputs.items()}
     if invocation is not None and invocation.against is not None:
         invocation.against.check_inputs(digests)
         with Trace(host, against=invocation.against):
@@ -60,6 +60,14 @@ def traced(host: Host, file: str | None, **inputs: bytes) -> Iterator[None]:
                 yield
         finally:
             convert(lines, file)
+
+
+def _digest(data: bytes | Path) -> str:
+    """sha256 of bytes or of a file, which is read only where there is a trace."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    with data.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _converter() -> Callable[[Path, str], None]:
