@@ -77,7 +77,9 @@ def test_is_well_after_all_that(linux_guest, record_property):
 
 
 @pytest.fixture
-def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, kernel_cloud: KernelChoice) -> pytest.Pytester:
+def session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, outside_ci: None, kernel_cloud: KernelChoice
+) -> pytest.Pytester:
     """A directory whose pytest has the plugin, installed or not."""
     monkeypatch.setenv("PVIRQ_CACHE", str(CACHE))
     if PLUGIN not in [point.value for point in entry_points(group="pytest11")]:

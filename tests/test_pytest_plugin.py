@@ -33,7 +33,7 @@ def test_order(xen_host):
 
 
 @pytest.fixture
-def session(pytester: pytest.Pytester) -> pytest.Pytester:
+def session(pytester: pytest.Pytester, outside_ci: None) -> pytest.Pytester:
     """A directory whose pytest has the plugin, installed or not."""
     if PLUGIN not in [point.value for point in entry_points(group="pytest11")]:
         pytester.makeconftest(f"pytest_plugins = [{PLUGIN!r}]")
