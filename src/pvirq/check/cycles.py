@@ -1,0 +1,118 @@
+"""Ways that never end: circles of states in which a fair scheduler may stay for ever.
+
+Fair is who lets each process go on that could all the time. A circle is one of these if each process that can move in
+all of its states does move in one of them. Models are to end, or to wait, whatever the schedule: such a circle is a
+livelock.
+"""
+
+from __future__ import annotations
+
+from pvirq.check.system import Move, State, System
+
+
+def fair_cycle(system: System, edges: dict[State, list[Move]]) -> tuple[str, tuple[tuple[int, int], ...]] | None:
+    """What goes on for ever, and the schedule that leads there and once around; None if there is nothing."""
+    for component in _components(system, edges):
+        inside = set(component)
+        always = ~0
+        moving = 0
+        for state in component:
+            able = 0
+            for process, after, _ in edges[state]:
+                able |= 1 << process
+                if after in inside:
+                    moving |= 1 << process
+            always &= able
+        if moving and not always & ~moving:
+            names = sorted(
+                {system.process_name(process) for process in range(system.processes) if moving >> process & 1}
+            )
+            way = _way(edges, system.initial, component[-1], None)
+            around = _around(edges, component[-1], inside, moving)
+            return f"livelock: {', '.join(names)} go on for ever", (*way, *around)
+    return None
+
+
+def _components(system: System, edges: dict[State, list[Move]]) -> list[list[State]]:
+    """Strongly connected components (Tarjan's), those with a circle in them."""
+    index: dict[State, int] = {}
+    low: dict[State, int] = {}
+    stack: list[State] = []
+    on_stack: set[State] = set()
+    found = []
+    work: list[tuple[State, int]] = [(system.initial, 0)]
+    while work:
+        state, position = work.pop()
+        if position == 0:
+            index[state] = low[state] = len(index)
+            stack.append(state)
+            on_stack.add(state)
+        moves = edges[state]
+        if position and moves[position - 1][1] in on_stack:
+            low[state] = min(low[state], low[moves[position - 1][1]])
+        for at in range(position, len(moves)):
+            after = moves[at][1]
+            if after not in index:
+                work.append((state, at + 1))
+                work.append((after, 0))
+                break
+            if after in on_stack:
+                low[state] = min(low[state], index[after])
+        else:
+            if low[state] == index[state]:
+                component = []
+                while True:
+                    last = stack.pop()
+                    on_stack.discard(last)
+                    component.append(last)
+                    if last is state or last == state:
+                        break
+                if len(component) > 1 or any(move[1] == state for move in moves):
+                    found.append(component)
+    return found
+
+
+def _way(edges: dict[State, list[Move]], begin: State, end: State, inside: set[State] | None) -> list[tuple[int, int]]:
+    """The shortest way, as a schedule; through `inside` only, if that is given."""
+    came: dict[State, tuple[State, tuple[int, int]] | None] = {begin: None}
+    queue = [begin]
+    for state in queue:
+        if state == end:
+            break
+        counts: dict[int, int] = {}
+        for process, after, _ in edges[state]:
+            choice = counts[process] = counts.get(process, -1) + 1
+            if after not in came and (inside is None or after in inside):
+                came[after] = state, (process, choice)
+                queue.append(after)
+    way = []
+    step = came[end]
+    while step is not None:
+        way.append(step[1])
+        step = came[step[0]]
+    return way[::-1]
+
+
+def _around(edges: dict[State, list[Move]], begin: State, inside: set[State], moving: int) -> list[tuple[int, int]]:
+    """A way from `begin` back to it on which each process of `moving` moves."""
+    way: list[tuple[int, int]] = []
+    state = begin
+    left = moving
+    while left:
+        # The nearest state from which one that hasn't moved does.
+        for target in inside:
+            counts: dict[int, int] = {}
+            for process, after, _ in edges[target]:
+                choice = counts[process] = counts.get(process, -1) + 1
+                if left >> process & 1 and after in inside:
+                    steps = _way(edges, state, target, inside)
+                    way += [*steps, (process, choice)]
+                    left &= ~(1 << process)
+                    for done, _ in steps:
+                        left &= ~(1 << done)
+                    state = after
+                    break
+            else:
+                continue
+            break
+    return way + _way(edges, state, begin, inside)

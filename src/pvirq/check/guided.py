@@ -1,0 +1,78 @@
+"""A model run by a given schedule: again what an explorer found, or one thread after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pvirq.check.steps import End, Model
+from pvirq.check.system import State, System
+
+
+class ScheduleError(Exception):
+    """The schedule doesn't fit the model."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One step of a run, for people: who, what, where in the source, and what variables it changed."""
+
+    process: int
+    choice: int
+    name: str
+    text: str
+    line: str
+    changed: tuple[tuple[str, object, object], ...]  # name, before, after
+    state: State
+
+
+def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Moved], str | None]:
+    """The moves of a schedule of (process, choice), and what is wrong where it ends, if anything is."""
+    system = System(model)
+    state = system.initial
+    moved: list[Moved] = []
+    for process, choice in schedule:
+        moves = [move for move in system.moves(state) if move[0] == process]
+        if choice >= len(moves):
+            name = system.process_name(process) if process < system.processes else f"process {process}"
+            raise ScheduleError(f"step {len(moved) + 1}: {name} can't go on there")
+        after = moves[choice][1]
+        moved.append(
+            Moved(
+                process, choice, system.process_name(process), system.describe(state, process),
+                state[process].line if process < system.threads else "", _changes(system, state, after), after,
+            )
+        )  # fmt: skip
+        state = after
+    wrong = system.broken(state)
+    if wrong is None and not system.moves(state):
+        wrong = system.verdict(state)
+    return moved, wrong
+
+
+def _changes(system: System, before: State, after: State) -> tuple[tuple[str, object, object], ...]:
+    return tuple(
+        (variable.name, before[system.threads + variable.index], after[system.threads + variable.index])
+        for variable in system.model.variables
+        if before[system.threads + variable.index] != after[system.threads + variable.index]
+    )
+
+
+def one_by_one(model: Model, *names: str) -> End:
+    """Run threads to where they end or wait, one after the other: those named, in that order, or all. No failure is
+    looked for, but for what a thread itself says (`Broken` is raised); a choice is its first."""
+    system = System(model)
+    order = [program.name for program in model.programs]
+    state = system.initial
+    for name in names or order:
+        slot = order.index(name)
+        while True:
+            # What waits in a buffer is seen before anybody else goes on.
+            moves = [move for move in system.moves(state) if move[0] == slot or move[0] >= system.threads]
+            if not moves:
+                break
+            state = moves[-1][1] if moves[-1][0] >= system.threads else moves[0][1]
+            place = state[slot]
+            if place.broken is not None:
+                raise AssertionError(f"{name}: {place.broken}")
+    return system.end(state)
