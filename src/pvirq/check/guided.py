@@ -19,10 +19,13 @@ class Moved:
 
     process: int
     choice: int
+    thread: int  # whose column it is in: itself, or for hardware the thread that it belongs to
     name: str
     text: str
     line: str
     changed: tuple[tuple[str, object, object], ...]  # name, before, after
+    read: tuple[tuple[str, object], ...]  # name and value, as the thread saw it
+    wrote: tuple[str, ...]  # what it wrote for all to see, changed or not
     state: State
 
 
@@ -39,8 +42,9 @@ def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Move
         after = moves[choice][1]
         moved.append(
             Moved(
-                process, choice, system.process_name(process), system.describe(state, process),
-                state[process].line if process < system.threads else "", _changes(system, state, after), after,
+                process, choice, system.owner(process), system.process_name(process), system.describe(state, process),
+                state[process].line if process < system.threads else "", _changes(system, state, after),
+                system.seen(state, process) if process < system.threads else (), system.stored(state, process), after,
             )
         )  # fmt: skip
         state = after

@@ -173,6 +173,29 @@ class System:
         ]  # fmt: skip
         return f"deadlock: {', '.join(stuck)}" if stuck else None
 
+    def seen(self, state: State, thread: int) -> tuple[tuple[str, Any], ...]:
+        """What the next step of a thread reads, as it sees it: names and values."""
+        place = state[thread]
+        if place.step is None:
+            return ()
+        if self._hardware is not None and place.step.kind is Kind.LOAD:
+            return ((place.step.reads[0].name, self._hardware.load(state, thread, place.reads[0])),)
+        return tuple((variable.name, state[self.threads + variable.index]) for variable in place.step.reads)
+
+    def stored(self, state: State, process: int) -> tuple[str, ...]:
+        """The variables that the next move of a process writes for all to see."""
+        if process >= self.threads:
+            assert self._hardware is not None
+            return self._hardware.stored(state, process)
+        step: Step | None = state[process].step
+        if step is None or (self._hardware is not None and step.kind is Kind.STORE):
+            return ()
+        return tuple(variable.name for variable in step.writes)
+
+    def owner(self, process: int) -> int:
+        """The thread that a process is, or belongs to."""
+        return process if self._hardware is None or process < self.threads else self._hardware.owner(process)
+
     # -- for people ------------------------------------------------------------------------------------------------
 
     def process_name(self, process: int) -> str:
@@ -235,7 +258,7 @@ class Hardware:
         new = list(state)
         access = self._access(thread, place)
         if kind is Kind.LOAD:
-            values = self._load(state, thread, place.reads[0])
+            values = self.load(state, thread, place.reads[0])
         elif kind is Kind.STORE or (kind is Kind.RELEASE and not self.weak):
             values = place.key(state)
         elif kind in (Kind.WMB, Kind.RMB, Kind.LOCAL):
@@ -265,7 +288,7 @@ class Hardware:
             new[thread] = after
             yield thread, tuple(new), access
 
-    def _load(self, state: State, thread: int, index: int) -> Any:
+    def load(self, state: State, thread: int, index: int) -> Any:
         for stored, value in reversed(state[self.base + thread]):
             if stored == index:
                 return value
@@ -377,16 +400,26 @@ class Hardware:
 
     # -- for people ------------------------------------------------------------------------------------------------
 
+    def owner(self, process: int) -> int:
+        if not self.weak:
+            return process - self.threads
+        return (process - self.threads) // self.variables % self.threads
+
     def name(self, process: int) -> str:
-        thread = (
-            (process - self.threads) if not self.weak else (process - self.threads) // self.variables % self.threads
+        return self.system.model.programs[self.owner(process)].name
+
+    def stored(self, state: State, process: int) -> tuple[str, ...]:
+        variables = self.system.model.variables
+        return tuple(
+            variables[state[self.base + thread][position][0]].name
+            for found, thread, position in self._ready(state)
+            if found == process
         )
-        return self.system.model.programs[thread].name
 
     def describe(self, state: State, process: int) -> str:
         variables = self.system.model.variables
         for found, thread, position in self._ready(state):
             if found == process:
                 index, value = state[self.base + thread][position]
-                return f"its store becomes visible: {variables[index].name} = {value!r}"
+                return f"its store of {value!r} to {variables[index].name} becomes visible"
         return f"forgets an old value of {variables[(process - self.threads) % self.variables].name}"
