@@ -55,7 +55,7 @@ def mermaid(model: Model, moved: list[Moved], wrong: str | None) -> str:
 
 def _plain(text: str) -> str:
     """Mermaid ends a statement at ; and takes # for an entity."""
-    return text.replace("#", "#35;").replace(";", "#59;").replace("<", "#lt;").replace(">", "#gt;")
+    return text.translate({ord("#"): "#35;", ord(";"): "#59;", ord("<"): "#lt;", ord(">"): "#gt;"})
 
 
 def svg(model: Model, moved: list[Moved], wrong: str | None, title: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pvirq.check.steps import End, Model
+from pvirq.check.steps import End, Kind, Model
 from pvirq.check.system import State, System
 
 
@@ -40,18 +40,30 @@ def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Move
             name = system.process_name(process) if process < system.processes else f"process {process}"
             raise ScheduleError(f"step {len(moved) + 1}: {name} can't go on there")
         after = moves[choice][1]
-        moved.append(
-            Moved(
-                process, choice, system.owner(process), system.process_name(process), system.describe(state, process),
-                state[process].line if process < system.threads else "", _changes(system, state, after),
-                system.seen(state, process) if process < system.threads else (), system.stored(state, process), after,
-            )
-        )  # fmt: skip
+        moved.append(_moved(system, state, process, choice, after))
         state = after
     wrong = system.broken(state)
     if wrong is None and not system.moves(state):
         wrong = system.verdict(state)
     return moved, wrong
+
+
+def _moved(system: System, state: State, process: int, choice: int, after: State) -> Moved:
+    place = state[process] if process < system.threads else None
+    # What a lock's word holds is nobody's business.
+    silent = place is not None and place.step is not None and place.step.kind in (Kind.ACQUIRE, Kind.RELEASE)
+    return Moved(
+        process=process,
+        choice=choice,
+        thread=system.owner(process),
+        name=system.process_name(process),
+        text=system.describe(state, process),
+        line=place.line if place is not None else "",
+        changed=() if silent else _changes(system, state, after),
+        read=() if silent or place is None else system.seen(state, process),
+        wrote=() if silent else system.stored(state, process),
+        state=after,
+    )
 
 
 def _changes(system: System, before: State, after: State) -> tuple[tuple[str, object, object], ...]:
