@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from pvirq.check.steps import End, Kind, Model
 from pvirq.check.system import State, System
+
+LOCKING: Final = (Kind.ACQUIRE, Kind.SHARE, Kind.RELEASE, Kind.LEAVE)
 
 
 class ScheduleError(Exception):
@@ -51,7 +54,7 @@ def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Move
 def _moved(system: System, state: State, process: int, choice: int, after: State) -> Moved:
     place = state[process] if process < system.threads else None
     # What a lock's word holds is nobody's business.
-    silent = place is not None and place.step is not None and place.step.kind in (Kind.ACQUIRE, Kind.RELEASE)
+    silent = place is not None and place.step is not None and place.step.kind in LOCKING
     return Moved(
         process=process,
         choice=choice,
@@ -60,8 +63,8 @@ def _moved(system: System, state: State, process: int, choice: int, after: State
         text=system.describe(state, process),
         line=place.line if place is not None else "",
         changed=() if silent else _changes(system, state, after),
-        read=() if silent or place is None else system.seen(state, process),
-        wrote=() if silent else system.stored(state, process),
+        read=() if silent else system.read_by(state, process, choice),
+        wrote=() if silent else system.written_by(state, process, choice),
         state=after,
     )
 
