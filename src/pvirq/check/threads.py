@@ -117,7 +117,7 @@ class ThreadAutomaton:
         while isinstance(inner.gi_yieldfrom, types.GeneratorType):
             inner = inner.gi_yieldfrom
         place.line = f"{inner.gi_code.co_filename.rpartition('/')[2]}:{inner.gi_frame.f_lineno}"
-        key = frozen(generator)
+        key = frozen(generator, step)
         found = self._met(("history", history) if key is None else (key, held), place)
         if found is place:
             place.generator = generator
@@ -213,8 +213,10 @@ _ITERATORS: list[Iterator[Any]] = [
 _ITERATOR_TYPES = tuple(map(type, _ITERATORS))
 
 
-def frozen(generator: types.GeneratorType[Any, Any, Any]) -> Hashable | None:
+def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashable | None:
     """All that tells the state of a suspended generator from another of the same program; None: that can't be told.
+
+    The step that it has yielded belongs to it: `yield b.write((yield a.read()))` keeps the value nowhere else.
 
     The collector's view of a frame has what f_locals lacks: the interpreter's stack. (A `for` over a list is at a
     position there; `f((yield a), (yield b))` keeps the first result there.)
@@ -236,9 +238,20 @@ def frozen(generator: types.GeneratorType[Any, Any, Any]) -> Hashable | None:
                 _freeze(value) for value in gc.get_referents(inner) if not any(value is each for each in known)
             )
             inner = delegate
+        parts += (step.kind, step.reads, step.writes, step.choices, _freeze_code(step.do), _freeze_code(step.when))
     except (_Opaque, RecursionError):
         return None
     return tuple(parts)
+
+
+def _freeze_code(value: Any) -> Hashable:
+    """A function by what it does: its code, and the values that it was made with."""
+    if isinstance(value, types.MethodType):
+        return (value.__func__, _freeze(value.__self__))
+    if not isinstance(value, types.FunctionType):
+        return _freeze(value)
+    made_with = (*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ()))
+    return (value.__code__, *map(_freeze_code, made_with))
 
 
 def _freeze(value: Any) -> Hashable:
