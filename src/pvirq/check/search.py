@@ -274,11 +274,12 @@ class _Reduced:
             mask ^= bit
             thing = bit.bit_length() - 1
             moves = self.writers[thing]
-            if not reads & bit or writes & bit:
+            if (writes | takes | gives) & bit:
                 moves |= self.readers[thing]
-            if not gives & bit:
+            # A summary may have all four of one lock: what is only given back is no more than that.
+            if (reads | writes | takes) & bit:
                 moves |= self.takers[thing]
-            if not (takes | gives) & bit or writes & bit:
+            if (reads | writes) & bit:
                 moves |= self.givers[thing]
             found |= moves
         found &= ~self.before[process]
