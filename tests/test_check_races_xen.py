@@ -10,7 +10,17 @@ from pvirq.check.race import races
 from pvirq.check.steps import End, Model
 
 FOUND = {
-    "xsa-340-bucket": "vCPU 2, EVTCHNOP_unmask: port 3 is valid, and the pointer to its bucket is NULL",
+    "close-dying-peer": "RCU, d2: get_domain() uses d1 after it was freed",
+    "poll-barrier": "v0 sleeps until port 1 is pending, and it is",
+    "poll-upcall": "v0 sleeps, and an upcall is due",
+    "send-after-unlock": "d2's port 1 is d3's to send to, and has an event of d1's",
+    "virq-handler-dying": "d1 is dead and never freed: it has 1 references",
+    "virq-port-reused": "port 1 is an IPI that nobody has sent, and is pending",
+    "xen-consumer-slot": (
+        "an event for d2 calls mem_paging_notification() instead of monitor_notification()"
+    ),
+    "xsa-221-poll": "vCPU 1, SCHEDOP_poll: the pointer to the bucket of port 2 is NULL",
+    "xsa-340-bucket": "vCPU 2, EVTCHNOP_unmask: the pointer to the bucket of port 3 is NULL",
     "xsa-343-reset-open": (
         "d2, EVTCHNOP_send and close: evtchn_fifo_word_from_port() follows evtchn_fifo, which is NULL"
     ),

@@ -19,8 +19,10 @@ from pvirq.check.protocols.ports import (
     evtchn_port_set_pending,
     evtchn_usable,
     find_port,
+    get_domain,
     get_free_port,
     port_is_valid,
+    put_domain,
 )
 from pvirq.check.steps import Thread, Var, fail, look, rmb
 from pvirq.xen.evtchn_channels import (
@@ -184,6 +186,12 @@ def evtchn_close(d1: Domain, port1: int, *, guest: bool = True) -> Thread:
         remote = yield chn1.u.read()
         if d2 is None:
             d2 = d1.xen.domains[remote[0]]
+            if not d1.code.rcu and not (yield from get_domain(d2)):
+                if d1.code.closes_when_killed:
+                    fail("BUG_ON: the other end's domain is gone, and didn't close its ports")
+                # It is dying, and will close the channel.
+                d2 = None
+                break
             if d1.domid < d2.domid:
                 yield d2.event_lock.acquire()
             elif d1 is not d2:
@@ -197,8 +205,11 @@ def evtchn_close(d1: Domain, port1: int, *, guest: bool = True) -> Thread:
             break
         yield from _close_interdomain(d1, chn1, d2, remote[1])
         break
-    if d2 is not None and d2 is not d1:
-        yield d2.event_lock.release()
+    if d2 is not None:
+        if d2 is not d1:
+            yield d2.event_lock.release()
+        if not d1.code.rcu:
+            yield from put_domain(d2)
     yield d1.event_lock.release()
     return rc
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pvirq.abi.errno import Errno
-from pvirq.check.steps import Lock, Model, Thread, Var, fail, look, rmb, wmb
+from pvirq.check.steps import Model, Thread, Var, fail, look, rmb, wmb
 from pvirq.xen.evtchn_channels import ECS_FREE, ECS_RESERVED
 
 TWO_LEVEL: Final = "2l"  # values of Domain.evtchn_port_ops
@@ -29,8 +29,10 @@ class Code:
     sends_locked: bool = True  # evtchn_send() keeps its lock while it sets the other end pending (60b6be9ccd)
     clears_pending: bool = True  # a port that is given back loses its event (120785c177)
     virq_lock: bool = True  # a VIRQ isn't sent while its port is being closed (120785c177)
+    checks_bound: bool = True  # a VIRQ that its handler has bound isn't given to another (980822c5ed)
     checks_dying: bool = True  # a dying domain doesn't come to handle a VIRQ (4d8acc9c1c)
     closes_when_killed: bool = True  # ports are closed while others still refer to the domain (f8a7ef4fec)
+    rcu: bool = True  # evtchn_close() holds the other domain by RCU, not by a reference (65f98b8c31)
     consumer_cmpxchg: bool = True  # get_xen_consumer() takes a slot at once (dcbd1d8ae5)
 
 
@@ -84,6 +86,8 @@ class Domain:
         self.xen_evtchns = model.var(f"{name}.xen_evtchns", 0, coherent=True)
         self.next_evtchn = model.var(f"{name}.next_evtchn", 0, coherent=True)
         self.is_dying = model.var(f"{name}.is_dying", 0, coherent=True)
+        self.refcnt = model.var(f"{name}.refcnt", 1, coherent=True)
+        self.freed = model.var(f"{name} is freed", 0, coherent=True)
         # Pointers to buckets, and whether what they point to is set up.
         self.buckets = tuple(
             model.var(f"{name}.bucket[{first}]", int(first < valid)) for first in range(0, ports, bucket)
@@ -144,6 +148,7 @@ class Xen:
         self.model = model
         self.code = code if code is not None else Code()
         self.domains: dict[int, Domain] = {}
+        self.rcu_readers = model.var("CPUs that RCU waits for", 0, coherent=True)
 
     def domain(
         self, domid: int, *, ports: int, valid: int | None = None, bucket: int | None = None, vcpus: int = 1,
@@ -179,10 +184,10 @@ def evtchn_from_port(d: Domain, port: int) -> Thread:
     number = port // d.per_bucket
     bucket = yield d.buckets[number].read()
     if bucket == NULL:
-        fail(f"port {port} is valid, and the pointer to its bucket is NULL")
+        fail(f"the pointer to the bucket of port {port} is NULL")
     set_up = yield d.set_up[number].read()
     if not set_up:
-        fail(f"port {port} is valid, and its bucket isn't set up")
+        fail(f"the bucket of port {port} isn't set up")
     return d.channels[port]
 
 
@@ -317,9 +322,17 @@ def _abi_has(d: Domain, port: int) -> Thread:
     return port < words
 
 
-def with_lock(lock: Lock, body: Thread) -> Thread:
-    """`body` between taking and releasing a lock; its result."""
-    yield lock.acquire()
-    result = yield from body
-    yield lock.release()
-    return result
+# -- holding a domain --------------------------------------------------------------------------------------------------
+
+
+def get_domain(d: Domain) -> Thread:
+    """Hold a domain by a reference. False: there is none left to add to."""
+    if (yield d.freed.read()):
+        fail(f"get_domain() uses d{d.domid} after it was freed")
+    before = yield d.refcnt.update(lambda count: count + 1 if count else 0, f"takes a reference to d{d.domid}")
+    return before > 0
+
+
+def put_domain(d: Domain) -> Thread:
+    """Let go of it. (Who waits for the last one to go is `dying.complete_domain_destroy`.)"""
+    yield d.refcnt.add(-1).saying(f"gives up a reference to d{d.domid}")

@@ -36,7 +36,7 @@ RACE = Race(
     title="EVTCHNOP_expand_array adds a page to an event array that EVTCHNOP_reset has freed",
     where="Xen 4.5-4.22, xen/common/event_fifo.c: evtchn_fifo_expand_array()",
     brought="400b3bd642 (4.5)",
-    cured="0e9d647aca (July 2026), XSA-505, CVE-2026-62432",
+    cured="0e9d647aca (4.23), XSA-505, CVE-2026-62432",
     story=(
         "evtchn_fifo_expand_array() looked whether the domain is under the FIFO ABI, and only then took the event "
         "lock. Once EVTCHNOP_reset could return a domain to the two-level ABI, another vCPU may have done so between, "
