@@ -330,3 +330,23 @@ def test_an_event_waits_for_each_other_port_once() -> None:
     found = explore(model)
     assert found.failure is None
     assert found.complete
+
+
+@pytest.mark.parametrize("changes", [2, 3])
+def test_three_changes_of_the_queue_cost_an_event(changes: int) -> None:
+    """Who sends tries three times to lock the queues: retries are bounded, and a third change loses the event."""
+    model = Model()
+    fifo = Fifo(model, 1, priorities=(7, 6))
+    handled = model.array("handled", 2)
+
+    def move() -> Thread:
+        for change in range(changes):
+            yield from xen.set_priority(fifo, 1, (6, 7)[change % 2])
+
+    model.thread("guest", linux.idle, fifo, 0, linux.counting(fifo, handled), may_wait=True)
+    model.thread("hypercalls", move)
+    model.thread("sender", xen.send, fifo, 1)
+    model.at_end(lambda end: None if end[handled[1]] else "port 1 was raised, and the guest never hears of it")
+    found = explore(model, reduce=False)
+    assert (found.failure is not None) == (changes == 3)
+    assert found.failure is not None or found.complete

@@ -16,7 +16,6 @@ RACES = {
     "fifo-busy-port": LOST,
     "fifo-control-block": "writes through the pointer to a queue's head, which isn't set yet",
     "fifo-expand-pending": UNHEARD,
-    "fifo-expand-reset": "uses the domain's evtchn_fifo, which a reset has freed",
     "fifo-last-queue-torn": STUCK,
     "fifo-last-queue-unstable": "guest: takes port 1 from queue 0/6, and it is linked in 0/5",
     "fifo-link-spin": "sender: after 5 attempts it still tries to link word[1], for as long as the guest likes",
@@ -25,6 +24,7 @@ RACES = {
     "fifo-poll-wake": "guest: it is woken by port 1, which it polls, and finds it on no queue",
     "fifo-queue-lock": STUCK,
     "fifo-ready": "vCPU 0: takes port 1 from queue 0/7, and it is linked in 1/7",
+    "fifo-unmask-twice": "port 1 is unmasked while its event is being handled",
 }
 
 
