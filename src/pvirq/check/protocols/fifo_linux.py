@@ -94,6 +94,21 @@ def unmask(fifo: Fifo, port: int) -> Thread:
             seen = yield word.wait(lambda value: not value & BUSY)  # the source spins
 
 
+def unmask_twice(fifo: Fifo, port: int) -> Thread:
+    """evtchn_fifo_unmask() before f01337197419 (5.10): in place, and by hypercall as well where it is pending then."""
+    word = fifo.word[port]
+    seen = yield word.read()
+    while True:
+        old = seen & ~BUSY
+        seen = yield word.cmpxchg(old, old & ~MASKED).saying(f"clears MASKED of port {port}")
+        if seen == old:
+            break
+        if seen & BUSY:
+            seen = yield word.wait(lambda value: not value & BUSY)
+    if (yield word.read()) & PENDING:
+        yield from xen.unmask(fifo, port)
+
+
 # -- handlers ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,12 +131,15 @@ def counting(fifo: Fifo, handled: list[Var]) -> Handler:
     return handle
 
 
-def lateeoi(fifo: Fifo) -> Handler:
-    """handle_fasteoi_irq() of a lateeoi event: masked and acknowledged, handled, unmasked again."""
+def lateeoi(fifo: Fifo, handling: Var | None = None, unmask: Callable[[Fifo, int], Thread] = unmask) -> Handler:
+    """handle_fasteoi_irq() of a lateeoi event: masked and acknowledged, handled (1 in `handling`), unmasked again."""
 
     def handle(port: int) -> Thread:
         yield fifo.word[port].update(lambda value: value | MASKED, f"masks port {port}")
         yield fifo.word[port].update(lambda value: value & ~PENDING, f"acknowledges port {port}, and handles it")
+        if handling is not None:
+            yield handling.write(1).saying(f"begins to handle port {port}")
+            yield handling.write(0).saying(f"is done with port {port}, but for its EOI")
         yield from unmask(fifo, port)
 
     return handle
