@@ -109,13 +109,8 @@ def evtchn_send(info: SharedInfo, port: int) -> Thread:
 
 def evtchn_2l_set_pending(info: SharedInfo, vcpu: int, port: int) -> Thread:
     word, bit = info.at(port)
-    if not (yield info.pending[word].set_bit(bit).saying(f"sets the pending bit of port {port}")):
-        yield from notify_pending(info, vcpu, port)
-
-
-def notify_pending(info: SharedInfo, vcpu: int, port: int) -> Thread:
-    """What `evtchn_2l_set_pending` does for a port whose pending bit wasn't set before."""
-    word, bit = info.at(port)
+    if (yield info.pending[word].set_bit(bit).saying(f"sets the pending bit of port {port}")):
+        return
     if not (yield info.mask[word].read().saying(f"looks whether port {port} is masked")) >> bit & 1:
         yield from _select(info, vcpu, word)
     if info.polls:

@@ -84,9 +84,8 @@ def round_robin(info: SharedInfo, cpu: int, events: CpuEvents, handle: Handle) -
             yield events.word.write(word)
             yield events.bit.write(bit)
             if bit == last:
-                ports = yield from active_evtchns(info, events, word)
                 break
-        if not ports:
+        if not (yield from active_evtchns(info, events, word)):
             selected &= ~(1 << word)
 
 

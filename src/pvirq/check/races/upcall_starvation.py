@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, notify_pending, shared_info
-from pvirq.check.protocols.upcall import cpu_events, cpu_loop, lowest_first, round_robin
+from collections.abc import Callable
+
+from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, shared_info
+from pvirq.check.protocols.upcall import CpuEvents, Handle, cpu_events, cpu_loop, lowest_first, round_robin
 from pvirq.check.race import Race
 from pvirq.check.steps import End, Model, Thread, Var, atomically
 
@@ -11,40 +13,45 @@ PORTS = 3
 WORD_BITS = 2
 BUSY = 0  # the port whose peer sends its next event as soon as the last one is served
 ANSWERS = 5  # such events
-EARLY = 1  # a port in the same word, whose event is there from the beginning
-LATE = 2  # one in the next word, whose event comes some time
-MOST = 2 * (PORTS - 1)  # others that an event may have to wait for
+MOST = 3  # others that an event may have to wait for
+
+Loop = Callable[[SharedInfo, int, CpuEvents, Handle], Thread]
 
 
-def model(fault: bool) -> Model:
+def starvation(loop: Loop, patient: int, *, last: bool = False) -> Model:
+    """A busy port, one whose event comes some time and waits (`patient`), and a third with an event from the beginning.
+    `last`: as in `cpu_events`."""
     model = Model()
-    info = shared_info(model, ports=PORTS, word_bits=WORD_BITS, pending=1 << EARLY)
-    events = cpu_events(model, info, 0, last=not fault)
-    served = model.var("served")
-    # Of the event of a port: how many others were served meanwhile; -1: there is no event.
-    waited = [model.var(f"waited[{port}]", 0 if port == EARLY else -1) for port in range(PORTS)]
-    loop = lowest_first if fault else round_robin
+    (third,) = {*range(PORTS)} - {BUSY, patient}
+    info = shared_info(model, ports=PORTS, word_bits=WORD_BITS, pending=1 << third)
+    events = cpu_events(model, info, 0, last=last)
+    served = model.var("served")  # of the busy port
+    waited = model.var("waited", -1)  # others served since the patient port's event came; -1: there is none
 
     def handle(port: int) -> Thread:
         yield from clear_evtchn(info, port)
-        yield waited[port].write(-1).saying(f"serves port {port}")
-        for other in range(PORTS):
-            if other not in (port, BUSY) and (others := (yield waited[other].read())) >= 0:
-                assert others < MOST, f"port {other} has waited for {MOST} others, and waits on"
-                yield waited[other].write(others + 1)
+        if port == patient:
+            yield waited.write(-1).saying(f"serves port {port} at last")
+            return
+        if (others := (yield waited.read().saying(f"serves port {port}"))) >= 0:
+            assert others < MOST, f"port {patient} has waited for {MOST} others, and waits on"
+            yield waited.write(others + 1)
         if port == BUSY:
             yield served.add(1)
 
     model.thread("CPU", cpu_loop, info, 0, lambda: loop(info, 0, events, handle), may_wait=True)
     model.thread(f"peer {BUSY}", _busy, info, served)
-    model.thread(f"peer {LATE}", _patient, info, waited[LATE], LATE)
+    model.thread(f"peer {patient}", _patient, info, waited, patient)
 
     def judge(end: End) -> str | None:
-        never = [port for port in range(PORTS) if end[waited[port]] >= 0]
-        return f"port {never[0]} is never served" if never else None
+        return f"port {patient} is never served" if end[waited] >= 0 else None
 
     model.at_end(judge)
     return model
+
+
+def model(fault: bool) -> Model:
+    return starvation(lowest_first if fault else round_robin, patient=1, last=not fault)
 
 
 def _busy(info: SharedInfo, served: Var) -> Thread:
@@ -55,10 +62,13 @@ def _busy(info: SharedInfo, served: Var) -> Thread:
 
 def _patient(info: SharedInfo, waited: Var, port: int) -> Thread:
     word, bit = info.at(port)
+    yield from evtchn_send(info, port)
+    # From here on it counts: while Xen is about to notify it, others come first as they like.
     yield atomically(
-        (info.pending[word], waited), lambda pending, _: (pending | 1 << bit, 0), text=f"sets the pending bit of port {port}"
+        (info.pending[word], waited),
+        lambda pending, others: (pending, 0 if pending >> bit & 1 else others),
+        text=f"has sent its event to port {port}",
     )
-    yield from notify_pending(info, 0, port)
 
 
 RACE = Race(
@@ -70,8 +80,8 @@ RACE = Race(
     story=(
         "After each port the upcall looks at the word again from its lowest bit. A peer that sends its next event "
         "while the last one is handled is served again at once, for as long as it goes on, and ports above it in the "
-        "word and all higher words wait. The cure goes on behind the port served last, and behind the last word at "
-        "the next upcall: then each of the others comes first a bounded number of times."
+        "word wait. The cure goes on behind the port served last: each of the others comes first a bounded number of "
+        "times. (For ports in other words it is no cure: word-starvation.)"
     ),
     model=model,
 )
