@@ -184,15 +184,23 @@ def clear_evtchn(info: SharedInfo, port: int) -> Thread:
     yield info.pending[word].clear_bit(bit).saying(f"clears the pending bit of port {port}")
 
 
-def unmask_evtchn(info: SharedInfo, port: int, cpu: int, cpu_from_evtchn: int) -> Thread:
-    """evtchn_2l_unmask of a PV guest, on `cpu`: in place, or by Xen if the port is another CPU's."""
+def unmask_evtchn(
+    info: SharedInfo, port: int, cpu: int, cpu_from_evtchn: int, *, look_first: bool = False
+) -> Thread:
+    """evtchn_2l_unmask of a PV guest, on `cpu`: in place, or by Xen if the port is another CPU's. Linux 3.7 and 3.8
+    looked whether the port is pending before they unmasked it (`look_first`)."""
     if cpu != cpu_from_evtchn:
         yield from evtchn_unmask(info, port)
         return
     word, bit = info.at(port)
     vcpu = info.vcpus[cpu]
-    yield info.mask[word].clear_bit(bit).saying(f"unmasks port {port}")
-    if not (yield info.pending[word].read().saying(f"is port {port} pending?")) >> bit & 1:
-        return
-    if not (yield vcpu.pending_sel.set_bit(word).saying(f"selects word {word} here")):
+    is_pending = info.pending[word].read().saying(f"is port {port} pending?")
+    unmask = info.mask[word].clear_bit(bit).saying(f"unmasks port {port}")
+    if look_first:
+        pending = yield is_pending
+        yield unmask
+    else:
+        yield unmask
+        pending = yield is_pending
+    if pending >> bit & 1 and not (yield vcpu.pending_sel.set_bit(word).saying(f"selects word {word} here")):
         yield vcpu.upcall_pending.write(1).saying("has an upcall come")
