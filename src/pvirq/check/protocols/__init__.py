@@ -1,1 +1,1 @@
-"""Protocols that several races have in common, close to the source: one step for each access of shared memory."""
+"""Event-channel protocols as models' threads run them: a function of Xen's or Linux's, a generator of the same name."""
