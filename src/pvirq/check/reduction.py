@@ -177,7 +177,8 @@ class Reduced:
                 wrong = system.says(place)
             elif mask & watched:
                 wrong = looks(state)
-            wrong = self._arrive(level, state, mask, process) or wrong
+            at_end = self._arrive(level, state, mask, process)
+            wrong = wrong or at_end  # what a thread says comes before what is wrong where nobody can go on
             enough = arrived(result)
         if wrong is not None:
             result.failure = Failure(wrong, tuple((level.process, level.chosen - 1) for level in way[:-1]))
