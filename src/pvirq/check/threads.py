@@ -17,8 +17,9 @@ from typing import Any
 
 from pvirq.check.steps import Broken, Kind, Lock, Model, Program, Step, Var
 
-# A taken step: new values by their index in the state, and the places that may come next (several: a choice).
-Edge = tuple[tuple[tuple[int, Hashable], ...], tuple["Place", ...]]
+# What came of a step: the new values of what it writes, in that order, and the places that may come next (several: a
+# choice); None: it can't be taken yet.
+Outcome = tuple[tuple[Hashable, ...], tuple["Place", ...]] | None
 
 
 class ModelError(Exception):
@@ -26,93 +27,83 @@ class ModelError(Exception):
 
 
 class Place:
-    """Where a thread stands, and the step that it takes next (None: it has ended, or a property is broken)."""
+    """Where a thread stands, and the step that it takes next (None: it has ended, or a property is broken).
+
+    `look`, `key` and `edges` are pvirq.check.system's, which knows what else than values the step hangs on.
+    """
 
     __slots__ = (
-        "access", "broken", "edges", "generator", "history", "key", "line", "looks", "number", "reads", "step",
-        "thread", "writes",
+        "broken", "edges", "generator", "held", "history", "key", "line", "look", "number", "outcomes", "step",
+        "thread",
     )  # fmt: skip
 
-    def __init__(self, thread: ThreadAutomaton, number: int, history: tuple[Any, ...]) -> None:
+    def __init__(self, thread: ThreadAutomaton, number: int, history: tuple[Any, ...], held: Held) -> None:
         self.thread = thread
         self.number = number
         self.history = history  # the results with which a new generator comes here
+        self.held = held
         self.step: Step | None = None
         self.broken: str | None = None
         self.line = ""  # "file.py:12"
         self.generator: Any = None  # one that stands here and hasn't been used, if there is one
+        self.outcomes: dict[tuple[Any, ...], Outcome] = {}
+        self.look = 0
         self.key: Callable[[tuple[Any, ...]], Any] = itemgetter(0)
-        self.edges: dict[Any, Edge | None] = {}
-        self.reads: tuple[int, ...] = ()
-        self.writes: tuple[int, ...] = ()
-        self.access: Any = None  # what pvirq.check.system notes of the step
-        self.looks: Any = None
+        self.edges: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"<{self.thread.program.name} {self.number}>"
 
-    def edge(self, values: Any) -> Edge | None:
-        """What comes of the step for `values`, as `key` reads them from a state; None: it can't be taken yet."""
-        return self.thread.edge(self, values)
+    def outcome(self, values: tuple[Any, ...]) -> Outcome:
+        """What comes of the step where `values` are those of what it reads."""
+        try:
+            return self.outcomes[values]
+        except KeyError:
+            return self.thread.outcome(self, values)
 
 
 class ThreadAutomaton:
-    """All places of a thread that were met. `base` is the index of variable 0 in a state."""
+    """All places of a thread that were met."""
 
-    def __init__(self, program: Program, slot: int, base: int) -> None:
+    def __init__(self, program: Program, slot: int, prepare: Callable[[Place], None]) -> None:
         self.program = program
         self.slot = slot
-        self.base = base
+        self.prepare = prepare  # called with each new place
         self.places: dict[Hashable, Place] = {}
         self.count = 0
-        self.start = self._arrive((), None)
+        self.start = self._arrive((), None, (0, 0))
 
-    def edge(self, place: Place, values: Any) -> Edge | None:
+    def outcome(self, place: Place, values: tuple[Any, ...]) -> Outcome:
         step = place.step
         assert step is not None
-        arguments = values if len(step.reads) > 1 else (values,) if step.reads else ()
-        edge: Edge | None = None
-        if step.when is None or self._called(step.when, place, arguments):
+        outcome: Outcome = None
+        if step.when is None or self._called(step.when, place, values):
             try:
-                new, result = step.do(*arguments)
+                new, result = step.do(*values)
             except (Broken, AssertionError) as error:
-                edge = ((), (self._broken(place, error),))
+                outcome = ((), (self._broken(place, error),))
             except Exception as error:
                 raise self._error(place, error) from error
             else:
+                if len(new) != len(step.writes):
+                    raise ModelError(f"{self._where(place)}: {len(new)} values for {len(step.writes)} variables")
                 results = range(step.choices) if step.choices > 1 else (0,) if step.kind is Kind.LOCAL else (result,)
-                edge = (
-                    tuple(
-                        (self.base + variable.index, value) for variable, value in zip(step.writes, new, strict=True)
-                    ),
-                    tuple(self._arrive((*place.history, each), place) for each in results),
-                )
-        place.edges[values] = edge
-        return edge
+                held = _held(place.held, step, values, new)
+                outcome = (tuple(new), tuple(self._arrive((*place.history, each), place, held) for each in results))
+        place.outcomes[values] = outcome
+        return outcome
 
-    def _called(self, function: Callable[..., bool], place: Place, arguments: tuple[Any, ...]) -> bool:
-        try:
-            return bool(function(*arguments))
-        except Exception as error:
-            raise self._error(place, error) from error
-
-    def _arrive(self, history: tuple[Any, ...], origin: Place | None) -> Place:
+    def _arrive(self, history: tuple[Any, ...], origin: Place | None, held: Held) -> Place:
         """Where the results in `history` lead."""
-        place = Place(self, self.count, history)
-        generator = None
-        if origin is not None and origin.generator is not None:
-            generator, origin.generator = origin.generator, None
-            inputs = history[-1:]
+        place = Place(self, self.count, history, held)
         try:
-            if generator is None:
-                generator = self.program.run()
-                if not isinstance(generator, types.GeneratorType):
-                    raise ModelError(f"{self.program.name} isn't a generator: it has no yield")
-                inputs = (None, *history)
-            for value in inputs:
-                step = generator.send(value)
+            if origin is not None and origin.generator is not None:
+                generator, origin.generator = origin.generator, None
+            else:
+                generator = self._again(history[:-1], origin)
+            step = generator.send(history[-1] if history else None)
         except StopIteration:
-            return self._met(("end",), place)
+            return self._met(("end", held), place)
         except (Broken, AssertionError) as error:
             return self._broken(place, error)
         except ModelError:
@@ -127,34 +118,77 @@ class ThreadAutomaton:
             inner = inner.gi_yieldfrom
         place.line = f"{inner.gi_code.co_filename.rpartition('/')[2]}:{inner.gi_frame.f_lineno}"
         key = frozen(generator)
-        found = self._met(("history", history) if key is None else key, place)
+        found = self._met(("history", history) if key is None else (key, held), place)
         if found is place:
             place.generator = generator
-            self._index(place, step)
         else:
             generator.close()
         return found
+
+    def _again(self, history: tuple[Any, ...], origin: Place | None) -> Any:
+        """A new generator at the place `origin`, or at the beginning."""
+        generator = self.program.run()
+        if not isinstance(generator, types.GeneratorType):
+            raise ModelError(f"{self.program.name} isn't a generator: it has no yield")
+        if origin is not None:
+            step = None
+            try:
+                for value in (None, *history):
+                    step = generator.send(value)
+            except Exception as error:
+                raise self._changed(origin) from error
+            if not isinstance(step, Step) or _shape(step) != _shape(origin.step):
+                raise self._changed(origin)
+        return generator
 
     def _met(self, key: Hashable, place: Place) -> Place:
         found = self.places.setdefault(key, place)
         if found is place:
             self.count += 1
+            self.prepare(place)
         return found
 
-    def _index(self, place: Place, step: Step) -> None:
-        place.reads = tuple(variable.index for variable in step.reads)
-        place.writes = tuple(variable.index for variable in step.writes)
-        place.key = itemgetter(*(self.base + index for index in place.reads)) if step.reads else itemgetter(self.slot)
-
     def _broken(self, place: Place, error: BaseException) -> Place:
-        found = Place(self, self.count, place.history)
+        found = Place(self, self.count, place.history, place.held)
         found.broken = str(error) or _assertion(error)
         found.line = place.line
         return self._met(("broken", found.broken), found)
 
+    def _called(self, function: Callable[..., bool], place: Place, arguments: tuple[Any, ...]) -> bool:
+        try:
+            return bool(function(*arguments))
+        except Exception as error:
+            raise self._error(place, error) from error
+
+    def _where(self, place: Place) -> str:
+        return f"{self.program.name} ({place.line})" if place.line else self.program.name
+
     def _error(self, place: Place, error: Exception) -> ModelError:
-        where = f" ({place.line})" if place.line else ""
-        return ModelError(f"{self.program.name}{where}: {type(error).__name__}: {error}")
+        return ModelError(f"{self._where(place)}: {type(error).__name__}: {error}")
+
+    def _changed(self, place: Place) -> ModelError:
+        return ModelError(f"{self._where(place)}: another step when it is run again; it keeps something outside")
+
+
+# Locks that a thread has taken and not given back, as masks of their variables: as writer (or spinlock), as reader.
+Held = tuple[int, int]
+
+
+def _held(held: Held, step: Step, before: tuple[Any, ...], after: tuple[Any, ...]) -> Held:
+    """What a thread holds after a step: a lock's, or a locked instruction that does what those do."""
+    if len(step.writes) != 1 or step.writes != step.reads or not step.writes[0].lock or before == after:
+        return held
+    bit = 1 << step.writes[0].index
+    writer, reader = held
+    if after[0] == -1:
+        return writer | bit, reader
+    if after[0] > before[0] >= 0:
+        return writer, reader | bit
+    return writer & ~bit, reader & ~bit
+
+
+def _shape(step: Step | None) -> object:
+    return step and (step.kind, step.reads, step.writes, step.text, step.choices)
 
 
 def _assertion(error: BaseException) -> str:
