@@ -177,7 +177,8 @@ class Reduced:
                 wrong = system.says(place)
             elif mask & watched:
                 wrong = looks(state)
-            wrong = self._arrive(level, state, mask, process) or wrong
+            stuck = self._arrive(level, state, mask, process)
+            wrong = wrong or stuck  # who breaks a property with a lock held makes others wait
             enough = arrived(result)
         if wrong is not None:
             result.failure = Failure(wrong, tuple((level.process, level.chosen - 1) for level in way[:-1]))
