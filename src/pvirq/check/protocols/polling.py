@@ -157,7 +157,11 @@ def vcpu_unblock(v: PollingVcpu) -> Thread:
 
 def poll_timer_fn(v: PollingVcpu) -> Thread:
     """The time that the vCPU wanted to wait is up."""
-    if (yield v.domain.poll_mask.clear_bit(v.vcpu_id)):
+    if v.domain.before_2008:
+        if (yield v.is_polling.read()):
+            yield v.is_polling.write(0)
+            yield from vcpu_unblock(v)
+    elif (yield v.domain.poll_mask.clear_bit(v.vcpu_id)):
         yield from vcpu_unblock(v)
 
 
