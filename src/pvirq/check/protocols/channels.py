@@ -34,6 +34,7 @@ from pvirq.xen.evtchn_channels import (
     ECS_VIRQ,
     virq_is_global,
 )
+from pvirq.xen.evtchn_fifo import MAX_ARRAY_PAGES
 
 # -- binding -----------------------------------------------------------------------------------------------------------
 
@@ -192,14 +193,14 @@ def evtchn_close(d1: Domain, port1: int, *, guest: bool = True) -> Thread:
                 # It is dying, and will close the channel.
                 d2 = None
                 break
-            if d1.domid < d2.domid:
+            if d1.domid < d2.domid or (d1 is not d2 and not d1.code.orders_locks):
                 yield d2.event_lock.acquire()
             elif d1 is not d2:
                 # The other one has to be locked first. Until both are, all may change.
                 yield d1.event_lock.release()
                 yield d2.event_lock.acquire()
                 continue
-        elif d2.domid != remote[0]:
+        elif d2.domid != remote[0] and d1.code.looks_again:
             # Closed and bound anew, to another domain, while nobody held the lock.
             rc = -Errno.EINVAL
             break
@@ -398,7 +399,7 @@ def _add_page_to_event_array(d: Domain) -> Thread:
     live, words = yield look((d.fifo_live, d.num_evtchns), text="reads evtchn_fifo->num_evtchns")
     if live != fifo:
         fail("add_page_to_event_array() uses evtchn_fifo after it was freed")
-    if words >= d.ports:
+    if words // d.per_page >= MAX_ARRAY_PAGES:
         return -Errno.ENOSPC
     mapped = yield d.mapped.read()
     yield d.mapped.write(mapped + 1).saying("maps a page of event words")
