@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, Final, cast
 
 from pvirq.abi.xen import PAGE_SIZE
@@ -62,7 +60,7 @@ def save_host(host: Host, file: str | os.PathLike[str] | BinaryIO, *, checkpoint
         for guest in host.guests:
             guest.suspend()
             suspended.append(guest)
-        with _replaced(file) as new, zipfile.ZipFile(new, "w") as archive:
+        with savefile.replaced(file) as new, zipfile.ZipFile(new, "w") as archive:
             _write(host, archive)
     except BaseException:
         for guest in suspended:
@@ -96,30 +94,6 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
         "bridges": list(host.backends.network.bridges), "devices": devices, "guests": len(host.guests),
     }  # fmt: skip
     archive.writestr("host.json", json.dumps(about, indent=4))
-
-
-@contextmanager
-def _replaced(file: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
-    """A new file in the place of that by name, once all is in it: the old one may be a running guest's memory."""
-    if not isinstance(file, (str, os.PathLike)):
-        yield file
-        return
-    path = os.path.realpath(file)
-    if os.path.exists(path) and not os.path.isfile(path):  # a device, a pipe
-        with open(path, "wb") as out:
-            yield out
-        return
-    new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}")
-    try:
-        with open(new, "xb") as out:
-            yield out
-        os.replace(new, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(new)
-        if isinstance(error, OSError) and error.filename == new:
-            error.filename = path
-        raise
 
 
 def restore_host(

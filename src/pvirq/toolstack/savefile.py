@@ -9,8 +9,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
@@ -42,6 +45,30 @@ class SaveFileError(Exception):
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(file: str | os.PathLike[str] | BinaryIO) -> Iterator[BinaryIO]:
+    """A new file in the place of that by name, once all is in it: the old one may be a running guest's memory."""
+    if not isinstance(file, (str, os.PathLike)):
+        yield file
+        return
+    path = os.path.realpath(file)
+    if os.path.exists(path) and not os.path.isfile(path):  # a device, a pipe
+        with open(path, "wb") as out:
+            yield out
+        return
+    new = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}")
+    try:
+        with open(new, "xb") as out:
+            yield out
+        os.replace(new, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(new)
+        if isinstance(error, OSError) and error.filename == new:
+            error.filename = path
+        raise
 
 
 def write(file: BinaryIO, config: DomainConfig, saved: SavedDomain, *, aligned: bool = False) -> None:
