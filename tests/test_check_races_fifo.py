@@ -8,9 +8,9 @@ from pvirq.check import explore
 from pvirq.check.guided import follow
 from pvirq.check.race import races
 
-LOST = "lost event: the guest is blocked for ever while port 1 is pending and not masked"
+LOST = "is pending and not masked"
 STUCK = "port 1 stays linked for ever: no event of it will be seen again"
-UNHEARD = "lost event: port 1 was raised once, and the guest never hears of it"
+UNHEARD = "was raised once, and the guest never hears of it"
 RACES = {
     "fifo-array-order": "uses a page of event words that isn't there yet",
     "fifo-busy-port": LOST,

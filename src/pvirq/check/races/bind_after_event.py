@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pvirq.check.protocols.upcall import cpu_events, lowest_first, return_to_guest
 from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, shared_info
+from pvirq.check.protocols.upcall import cpu_events, lowest_first, return_to_guest
 from pvirq.check.race import Race
 from pvirq.check.steps import End, Model, Thread, Var
 
@@ -52,8 +52,6 @@ def zephyr(*, missed: bool, locked: bool) -> Model:
     model.thread("guest", guest, may_wait=True)
     model.at_end(lambda end: _judge(end, channel))
     return model
-
-
 
 
 class Channel:
