@@ -165,6 +165,13 @@ class Lock:
             text=f"takes {self.name} for reading",
         )  # fmt: skip
 
+    def read_trylock(self) -> Step:
+        """The result is whether it was taken for reading."""
+        return Step(
+            Kind.ATOMIC, (self.var,), (self.var,), lambda held: ((held + 1,), True) if held >= 0 else ((held,), False),
+            text=f"tries to take {self.name} for reading",
+        )  # fmt: skip
+
     def read_release(self) -> Step:
         return Step(Kind.LEAVE, (self.var,), (self.var,), self._left, text=f"releases {self.name} for reading")
 
