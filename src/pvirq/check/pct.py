@@ -34,29 +34,24 @@ def pct(
 ) -> RandomResult:
     """Runs `seed` to `seed + runs - 1`, until one fails: the first in that order, whatever `jobs` is."""
     system = System(model())
-    longest = max(_run(system, Random(f"{seed} {number} length"), 1, 1)[1] for number in range(CALIBRATION))
-    k = longest
-    steps = unfinished = 0
-    done = [0]
-
-    def tell() -> None:
-        if on_progress is not None:
-            on_progress(done[0])
-
-    work = partial(_chunk, system, depth, k, seed + runs)
+    # Not from `seed`: a run is the same whichever was the first.
+    length = longest = max(_run(system, Random(f"length {number}"), 1, 1)[1] for number in range(CALIBRATION))
+    done = steps = unfinished = 0
+    work = partial(_chunk, system, depth, length, seed + runs)
     failure: Failure | None = None
     failed: int | None = None
-    for found, number, taken, long, cut in in_order(work, range(seed, seed + runs, CHUNK), jobs, tell):
-        done[0] += number
+    for found, number, taken, long, cut in in_order(work, range(seed, seed + runs, CHUNK), jobs):
+        done += number
         steps += taken
         unfinished += cut
         longest = max(longest, long)
-        tell()
+        if on_progress is not None:
+            on_progress(done)
         if found is not None:
             failed, failure = found
             break
     chance = float(1 / (system.processes * max(longest, 1) ** (depth - 1)))
-    return RandomResult(failure, failed, done[0], steps, longest, depth, chance, unfinished)
+    return RandomResult(failure, failed, done, steps, longest, depth, chance, unfinished)
 
 
 def _chunk(
