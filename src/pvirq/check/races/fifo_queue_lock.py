@@ -32,7 +32,7 @@ RACE = Race(
     name="fifo-queue-lock",
     title="two CPUs raise one event whose queue changes, and it is linked to itself",
     where="Xen 4.15 before its release, xen/common/event_fifo.c: lock_old_queue()",
-    brought="1277cb9dc5 (4.15); two CPUs may raise one event since 5f2df45ead (4.15), or de6acb78bf (4.6) where one unmasks it",
+    brought="1277cb9dc5 (4.15); since 5f2df45ead (4.15) two CPUs may raise one event",
     cured="71ac522909 (4.15)",
     story=(
         "evtchn_fifo_set_pending() takes the lock of the queue that the port was last on, and looks again whether it "
