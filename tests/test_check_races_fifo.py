@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pvirq.check import explore
 from pvirq.check.guided import follow
 from pvirq.check.race import races
 
-LOST = "is pending and not masked"
-STUCK = "port 1 stays linked for ever: no event of it will be seen again"
-UNHEARD = "was raised once, and the guest never hears of it"
+# What it comes to: which of several ports it is depends on the order of the search.
+LOST = r"lost event: the guest is blocked for ever while port \d is pending and not masked"
+STUCK = r"port 1 stays linked for ever: no event of it will be seen again"
+UNHEARD = r"lost event: port \d was raised once, and the guest never hears of it"
 RACES = {
     "fifo-array-order": "uses a page of event words that isn't there yet",
     "fifo-busy-port": LOST,
@@ -18,12 +21,12 @@ RACES = {
     "fifo-expand-pending": UNHEARD,
     "fifo-last-queue-torn": STUCK,
     "fifo-last-queue-unstable": "guest: takes port 1 from queue 0/6, and it is linked in 0/5",
-    "fifo-link-spin": "sender: after 5 attempts it still tries to link word[1], for as long as the guest likes",
+    "fifo-link-spin": r"sender: after 5 attempts it still tries to link word\[1\], for as long as the guest likes",
     "fifo-old-tail": LOST,
     "fifo-ops-order": "uses the domain's evtchn_fifo, which isn't set for it",
     "fifo-poll-wake": "guest: it is woken by port 1, which it polls, and finds it on no queue",
-    "fifo-queue-lock": STUCK,
-    "fifo-ready": "vCPU 0: takes port 1 from queue 0/7, and it is linked in 1/7",
+    "fifo-queue-lock": LOST,
+    "fifo-ready": r"vCPU 0: takes port \d from queue 0/7, and it is linked in 1/7",
     "fifo-unmask-twice": "port 1 is unmasked while its event is being handled",
 }
 
@@ -38,7 +41,7 @@ def test_found_with_the_fault(name: str, reduce: bool) -> None:
     model = races()[name].model(True)
     result = explore(model, reduce=reduce)
     assert result.failure is not None
-    assert RACES[name] in result.failure.message
+    assert re.search(RACES[name], result.failure.message)
     moved, wrong = follow(model, result.failure.schedule)
     assert wrong == result.failure.message
     assert len(moved) == len(result.failure.schedule)

@@ -46,7 +46,8 @@ def consume_one_event(fifo: Fifo, cpu: int, priority: int, heads: Heads, handle:
         # Its tail was reached last time: there is a new head.
         port = yield fifo.head[cpu, priority].read().saying(f"reads the head of queue {cpu}/{priority}")
     link = yield from clear_linked(fifo, port, (cpu, priority))
-    if (yield fifo.word[port].read()) & PENDING and not (yield fifo.word[port].read()) & MASKED:
+    pending = (yield fifo.word[port].read().saying(f"looks whether port {port} is pending")) & PENDING
+    if pending and not (yield fifo.word[port].read().saying(f"looks whether port {port} is masked")) & MASKED:
         yield from handle(port)
     heads[priority] = link
     return not link
@@ -64,7 +65,7 @@ def handle_events(fifo: Fifo, cpu: int, heads: Heads, handle: Handler) -> Thread
 
 def do_upcall(fifo: Fifo, cpu: int, heads: Heads, handle: Handler) -> Thread:
     """One turn of __xen_evtchn_do_upcall()."""
-    yield fifo.upcall_pending[cpu].write(0)
+    yield fifo.upcall_pending[cpu].write(0).saying("takes the upcall")
     yield from handle_events(fifo, cpu, heads, handle)
 
 
