@@ -14,6 +14,9 @@ from pvirq.check.steps import Model, Thread, Var, mb, wmb
 class PolledDomain(Fixed):
     """A domain whose vCPUs poll. `before_2008`: with `is_polling` flags instead of poll_mask and poll_evtchn."""
 
+    def __hash__(self) -> int:
+        return id(self)  # it never changes, and it and its vCPUs refer to each other: a thread's state has it as such
+
     def __init__(
         self, model: Model, *, vcpus: int, masked: int = 0, before_2008: bool = False, checks_upcall: bool = True,
         unblocks_again: bool = True,
@@ -31,6 +34,9 @@ class PolledDomain(Fixed):
 
 class PollingVcpu(Fixed):
     """A vCPU that may poll. `poll_evtchn`: the one port that it polls, -1 several, 0 none."""
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __init__(self, model: Model, domain: PolledDomain, vcpu_id: int) -> None:
         name = f"v{vcpu_id}"

@@ -1,7 +1,7 @@
 """The two-level ABI between Xen and a guest: what Xen does to shared_info, and what a guest does there by itself.
 
-Follows xen/common/event_2l.c and event_channel.c, xen/common/sched/core.c (vcpu_unblock), and the functions of
-drivers/xen/events/events_2l.c that touch one port. Upcall loops are in `upcall`, sleeping in `blocking`.
+Follows xen/common/event_2l.c and event_channel.c, and the functions of drivers/xen/events/events_2l.c that touch one
+port. Upcall loops are in `upcall`, SCHEDOP_block is in `blocking`; nobody polls here (`polling`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from pvirq.linux.events_2l import BITS
 
 @dataclass(frozen=True)
 class VcpuInfo:
-    """A vCPU: its vcpu_info, and what Xen knows of its sleep."""
+    """A vCPU: its vcpu_info, and whether it sleeps."""
 
     upcall_pending: Var
     upcall_mask: Var
     pending_sel: Var
     blocked: Var  # _VPF_blocked of pause_flags
-    polling: Var  # its bit in the domain's poll_mask
-    poll_evtchn: Var  # 0: it doesn't poll, -1: any event ends the poll, else this port alone
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class SharedInfo:
     mask: tuple[Var, ...]
     vcpus: tuple[VcpuInfo, ...]
     notify_vcpu: tuple[Var, ...]  # of each port
-    polls: bool  # somebody may poll; without, evtchn_check_pollers finds an empty poll_mask and isn't worth steps
     send_lock: Lock | None  # held by whoever sends, and by EVTCHNOP_bind_vcpu: no Xen has it so
 
     @property
@@ -56,7 +53,6 @@ def shared_info(
     bound_to: int = 0,
     scanned: bool = False,
     upcall_mask: int = 0,
-    polls: bool = False,
     send_lock: bool = True,
 ) -> SharedInfo:
     """The variables of a domain whose ports are all bound to one vCPU. `masked` and `pending` have a bit for each port.
@@ -79,8 +75,6 @@ def shared_info(
             model.var(f"evtchn_upcall_mask[{number}]", upcall_mask),
             model.var(f"evtchn_pending_sel[{number}]", first),
             model.var(f"blocked[{number}]"),
-            model.var(f"polling[{number}]"),
-            model.var(f"poll_evtchn[{number}]"),
         )
 
     return SharedInfo(
@@ -89,7 +83,6 @@ def shared_info(
         tuple(model.var(f"evtchn_mask[{each}]", word(masked, each)) for each in range(words)),
         tuple(vcpu(number) for number in range(vcpus)),
         tuple(model.var(f"notify_vcpu[{port}]", bound_to) for port in range(ports)),
-        polls,
         model.lock("send") if send_lock else None,
     )
 
@@ -113,8 +106,6 @@ def evtchn_2l_set_pending(info: SharedInfo, vcpu: int, port: int) -> Thread:
         return
     if not (yield info.mask[word].read().saying(f"looks whether port {port} is masked")) >> bit & 1:
         yield from _select(info, vcpu, word)
-    if info.polls:
-        yield from evtchn_check_pollers(info, port)
 
 
 def _select(info: SharedInfo, vcpu: int, word: int) -> Thread:
@@ -129,26 +120,8 @@ def vcpu_mark_events_pending(info: SharedInfo, vcpu: int) -> Thread:
 
 
 def vcpu_unblock(info: SharedInfo, vcpu: int) -> Thread:
-    """End a vCPU's sleep, and its poll with it."""
-    found = info.vcpus[vcpu]
-    if not (yield found.blocked.xchg(0).saying(f"unblocks vCPU {vcpu}, if it is blocked")):
-        return
-    if info.polls and (yield found.poll_evtchn.read()):
-        yield found.poll_evtchn.write(0)
-        # Cleared again: another waker may have taken it for a poller, and it may be going to sleep once more.
-        if (yield found.polling.clear_bit(0)):
-            yield found.blocked.xchg(0)
-
-
-def evtchn_check_pollers(info: SharedInfo, port: int) -> Thread:
-    """Wake who polls the port. (That nobody polls is seen at each vCPU here, where Xen looks at the whole mask.)"""
-    for number, vcpu in enumerate(info.vcpus):
-        if not (yield vcpu.polling.read()):
-            continue
-        polled = yield vcpu.poll_evtchn.read()
-        if (polled <= 0 or polled == port) and (yield vcpu.polling.clear_bit(0)):
-            yield vcpu.poll_evtchn.write(0)
-            yield from vcpu_unblock(info, number)
+    """End a vCPU's sleep."""
+    yield info.vcpus[vcpu].blocked.xchg(0).saying(f"unblocks vCPU {vcpu}, if it is blocked")
 
 
 def evtchn_unmask(info: SharedInfo, port: int) -> Thread:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pvirq.check.protocols.blocking import do_poll
-from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, shared_info
+from pvirq.check.protocols.polling import PolledDomain, PollingVcpu, do_poll, evtchn_2l_set_pending
 from pvirq.check.race import Race
 from pvirq.check.steps import Model, Thread, Var, choose
 
@@ -13,58 +12,58 @@ SLOW = 3  # _Q_SLOW_VAL of a lock byte: taken, and somebody waits who wants a ki
 
 def model(fault: bool) -> Model:
     model = Model()
-    info = shared_info(model, ports=1, word_bits=1, masked=1, polls=True)
+    vcpu = PolledDomain(model, vcpus=1, masked=1 << KICK).vcpus[0]
     outer, inner = model.var("lock 1", SLOW), model.var("lock 2", SLOW)
     nest = model.var("xen_qlock_wait_nest")
 
     def waiter() -> Thread:
-        yield from _wait_head(info, outer, nest, inner, fault)
+        yield from _wait_head(vcpu, outer, nest, inner, fault)
 
     model.thread("CPU 0", waiter)
     for number, lock in enumerate((outer, inner), 1):
-        model.thread(f"CPU {number}", _unlock, info, lock)
+        model.thread(f"CPU {number}", _unlock, vcpu, lock)
     return model
 
 
-def _unlock(info: SharedInfo, lock: Var) -> Thread:
+def _unlock(vcpu: PollingVcpu, lock: Var) -> Thread:
     """__pv_queued_spin_unlock_slowpath, and xen_qlock_kick."""
     yield lock.write(0).saying("releases the lock")
-    yield from evtchn_send(info, KICK)
+    yield from evtchn_2l_set_pending(vcpu, KICK)
 
 
-def _wait_head(info: SharedInfo, lock: Var, nest: Var, inner: Var | None, fault: bool) -> Thread:
+def _wait_head(vcpu: PollingVcpu, lock: Var, nest: Var, inner: Var | None, fault: bool) -> Thread:
     """The head of a lock's queue: it looks at the lock between waits. `inner`: an interrupt may come, once, whose
     handler waits for that lock."""
-    left = inner
+    left, pending = inner, vcpu.domain.evtchn_pending
     while (yield lock.read().saying(f"looks at {lock.name}")):
         if fault:
-            yield from clear_evtchn(info, KICK)
-            interrupted = yield from _interrupt(info, nest, left, fault)
+            yield pending.clear_bit(KICK).saying("clears the pending bit of the kick")
+            interrupted = yield from _interrupt(vcpu, nest, left, fault)
             left = None if interrupted else left
             if (yield lock.read().saying(f"looks at {lock.name} again")) == SLOW:
-                interrupted = yield from _interrupt(info, nest, left, fault)
+                interrupted = yield from _interrupt(vcpu, nest, left, fault)
                 left = None if interrupted else left
-                yield from do_poll(info, 0, (KICK,))
+                yield from do_poll(vcpu, (KICK,))
             continue
         depth = (yield nest.add(1)) + 1
-        interrupted = yield from _interrupt(info, nest, left, fault)
+        interrupted = yield from _interrupt(vcpu, nest, left, fault)
         left = None if interrupted else left
-        if depth == 1 and (yield info.pending[0].read().saying("is the kick pending?")):
-            interrupted = yield from _interrupt(info, nest, left, fault)
+        if depth == 1 and (yield pending.read().saying("is the kick pending?")):
+            interrupted = yield from _interrupt(vcpu, nest, left, fault)
             left = None if interrupted else left
-            yield from clear_evtchn(info, KICK)
+            yield pending.clear_bit(KICK).saying("clears the pending bit of the kick")
         elif (yield lock.read().saying(f"looks at {lock.name} again")) == SLOW:
-            interrupted = yield from _interrupt(info, nest, left, fault)
+            interrupted = yield from _interrupt(vcpu, nest, left, fault)
             left = None if interrupted else left
-            yield from do_poll(info, 0, (KICK,))
+            yield from do_poll(vcpu, (KICK,))
         yield nest.add(-1)
 
 
-def _interrupt(info: SharedInfo, nest: Var, inner: Var | None, fault: bool) -> Thread:
+def _interrupt(vcpu: PollingVcpu, nest: Var, inner: Var | None, fault: bool) -> Thread:
     """One may come here. Returns whether it has."""
     if inner is None or not (yield choose(2, "is it interrupted here?")):
         return False
-    yield from _wait_head(info, inner, nest, None, fault)
+    yield from _wait_head(vcpu, inner, nest, None, fault)
     return True
 
 
