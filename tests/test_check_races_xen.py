@@ -31,6 +31,10 @@ SYMPTOMS = {
     "poll-barrier": ("v0 sleeps until port 1 is pending, and it is", "v1 sleeps until port 1 is pending, and it is"),
     "poll-upcall": ("v0 sleeps, and an upcall is due",),
     "send-after-unlock": ("d2's port 1 is d3's to send to, and has an event of d1's",),
+    "virq-handler-bound": (
+        "d0 has VIRQ_CONSOLE bound, and d1 gets it",
+        "d1 has VIRQ_CONSOLE bound, and d0 gets it",
+    ),
     "virq-handler-dying": ("d1 is dead and never freed: it has 1 references",),
     "virq-port-reused": ("port 1 is an IPI that nobody has sent, and is pending",),
     "xen-consumer-slot": tuple(
