@@ -22,9 +22,19 @@ SYMPTOMS = {
         "d0's port 1 is in use, and d0 has closed it",
         "d1 counts 1 ports in use, and has none",
     ),
+    "consumer-called-locked": (
+        "deadlock: d0, EVTCHNOP_send (takes ved->lock), d0, XEN_VM_EVENT_DISABLE (takes d0p1.lock)",
+        "deadlock: d0, EVTCHNOP_send (takes ved->lock), d0, XEN_VM_EVENT_DISABLE (takes d0p1.lock), "
+        "d1, vm_event_put_request (takes ved->lock)",
+    ),
+    "consumer-freed": ("vm_event_resume() uses the domain's ring after it was freed",),
     "poll-barrier": ("v0 sleeps until port 1 is pending, and it is", "v1 sleeps until port 1 is pending, and it is"),
     "poll-upcall": ("v0 sleeps, and an upcall is due",),
     "send-after-unlock": ("d2's port 1 is d3's to send to, and has an event of d1's",),
+    "virq-handler-bound": (
+        "d0 has VIRQ_CONSOLE bound, and d1 gets it",
+        "d1 has VIRQ_CONSOLE bound, and d0 gets it",
+    ),
     "virq-handler-dying": ("d1 is dead and never freed: it has 1 references",),
     "virq-port-reused": ("port 1 is an IPI that nobody has sent, and is pending",),
     "xen-consumer-slot": tuple(

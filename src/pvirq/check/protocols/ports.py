@@ -34,6 +34,7 @@ class Code:
     closes_when_killed: bool = True  # ports are closed while others still refer to the domain (f8a7ef4fec)
     rcu: bool = True  # evtchn_close() holds the other domain by RCU, not by a reference (65f98b8c31)
     consumer_cmpxchg: bool = True  # get_xen_consumer() takes a slot at once (dcbd1d8ae5)
+    calls_unlocked: bool = True  # a function of Xen's is called without the lock of the channel (1376ef90d3)
     # It was never otherwise, but what would be if it were?
     orders_locks: bool = True  # of two domains' event locks evtchn_close() takes the one that comes first first
     looks_again: bool = True  # ... and, having let go of its own for that, whether the other end is still the same
