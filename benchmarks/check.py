@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Final
 
-from pvirq.check import Model, Result, Thread, count_schedules, explore
+from pvirq.check import Model, Result, Thread, explore
 from pvirq.check.race import races
+from pvirq.check.search import count_moves
 
 ROUNDS: Final = 3
 PLAIN_STATES: Final = 1_000_000  # a plain search that would be longer isn't compared
@@ -52,16 +55,14 @@ def timed(make: Callable[[], Model], *, reduce: bool = True, rounds: int = ROUND
 
 
 def factors(make: Callable[[], Model], result: Result) -> tuple[float | None, float | None]:
-    """How many times fewer steps the reduced search took: than the plain one, which hashes states, too; and than brute
-    force, which runs each schedule from its beginning (at most as many steps as the longest way has)."""
+    """How many times as many moves others take as the reduced search did: the plain one, which knows the states that it
+    has met, and brute force, which doesn't. None where that is too many to count."""
     plain, _ = timed(make, reduce=False, rounds=1)
-    if not plain.complete:
-        return None, None
-    schedules = count_schedules(make(), max_states=PLAIN_STATES)
-    return plain.steps / result.steps, None if schedules is None else schedules / max(result.ends, 1)
+    moves = count_moves(make(), max_states=PLAIN_STATES) if plain.complete else None
+    return plain.steps / result.steps if plain.complete else None, None if moves is None else moves / result.steps
 
 
-def run(only_totals: bool = False) -> dict[str, float]:
+def run() -> dict[str, float]:
     """All figures by name."""
     found: dict[str, float] = {}
     result, seconds = timed(lambda: philosophers(5, 2))
@@ -69,40 +70,37 @@ def run(only_totals: bool = False) -> dict[str, float]:
     plain, seconds = timed(lambda: philosophers(5, 2), reduce=False, rounds=1)
     found["check.philosophers.plain_steps_per_s"] = plain.steps / seconds
     found["check.philosophers.reduction"] = plain.steps / result.steps
-    steps = total = 0.0
+    steps, total = 0, 0.0
     slowest = {True: 0.0, False: 0.0}
-    least_plain, least_brute = float("inf"), float("inf")
+    reductions: list[float] = []
+    brute: list[float] = []
     for name, race in races().items():
         for fault in (True, False):
-            result, seconds = timed(lambda race=race, fault=fault: race.model(fault), rounds=1)  # type: ignore[misc]
-            assert fault == (result.failure is not None), f"{name}, fault {fault}: {result.failure}"
+            result, seconds = timed(partial(race.model, fault), rounds=1)
+            if fault == (result.failure is None):
+                raise RuntimeError(f"{name}, fault {fault}: {result.failure}")
             slowest[fault] = max(slowest[fault], seconds)
-            if not only_totals:
-                found[f"check.race.{name}.{'found' if fault else 'clean'}.s"] = seconds
+            found[f"check.race.{name}.{'found' if fault else 'clean'}.s"] = seconds
         steps, total = steps + result.steps, total + seconds
-        if name.startswith("fifo-") and not result.cyclic:
-            plain_factor, brute_factor = factors(lambda race=race: race.model(False), result)  # type: ignore[misc]
+        found[f"check.race.{name}.states"] = result.states
+        if name.startswith("fifo-") and result.reduced:
+            plain_factor, brute_factor = factors(partial(race.model, False), result)
             if plain_factor is not None:
-                least_plain = min(least_plain, plain_factor)
+                reductions.append(plain_factor)
+                found[f"check.race.{name}.reduction"] = plain_factor
             if brute_factor is not None:
-                least_brute = min(least_brute, brute_factor)
-            if not only_totals:
-                found |= {
-                    f"check.race.{name}.{kind}": factor
-                    for kind, factor in (("reduction", plain_factor), ("schedules_per_end", brute_factor))
-                    if factor is not None
-                }
+                brute.append(brute_factor)
+                found[f"check.race.{name}.brute_force"] = brute_factor
     if total:
         found["check.races.steps_per_s"] = steps / total
         found["check.races.slowest_found.s"] = slowest[True]
         found["check.races.slowest_clean.s"] = slowest[False]
-    if least_plain < float("inf"):
-        found["check.fifo.least_reduction"] = least_plain
-    if least_brute < float("inf"):
-        found["check.fifo.least_schedules_per_end"] = least_brute
+    if brute:
+        found["check.fifo.median_reduction"] = median(reductions)
+        found["check.fifo.median_brute_force"] = median(brute)
     return found
 
 
 if __name__ == "__main__":
-    for name, value in run().items():
-        print(f"{name:60} {value:14,.3f}" if value < 1e9 else f"{name:60} {value:14.2e}")
+    for figure, value in run().items():
+        print(f"{figure:60} {value:14,.3f}" if value < 1e9 else f"{figure:60} {value:14.2e}")

@@ -25,6 +25,7 @@ from pvirq.check import (
     note,
     wmb,
 )
+from pvirq.check.search import count_moves
 
 # -- known numbers -----------------------------------------------------------------------------------------------------
 
@@ -379,6 +380,9 @@ def test_schedules_are_counted_exactly() -> None:
     for threads, steps, wanted in ((2, 3, comb(6, 3)), (3, 2, 90), (4, 2, 2520)):
         for shared in (False, True):
             assert count_schedules(writers(threads, steps, shared=shared)) == wanted
+    # The beginnings of schedules, of each length.
+    assert count_moves(writers(2, 1, shared=True)) == 4
+    assert count_moves(writers(2, 2, shared=False)) == 2 + 4 + 6 + 6
     # Where somebody must wait there are fewer: two lock regions one after the other, and the way into the first.
     model = Model()
     lock = model.lock("lock")

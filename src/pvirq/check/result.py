@@ -48,6 +48,11 @@ class Watch:
             self.on_end(system.end(state))
         return system.verdict(state)
 
+    def next(self, result: Result) -> int:
+        """At how many states `arrived` has something to say next."""
+        told = (result.states | 0x3FFF) + 1
+        return told if self.max_states is None else min(told, self.max_states)
+
     def arrived(self, result: Result) -> bool:
         """A state was met; is that enough?"""
         if self.on_progress is not None and not result.states & 0x3FFF:

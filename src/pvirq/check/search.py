@@ -55,6 +55,15 @@ def explore(
 def count_schedules(model: Model, *, max_states: int = 1_000_000) -> int | None:
     """How many schedules a model has: what brute force would have to run. None where there is no end of them, or more
     than `max_states` states. (A state where something is broken is an end.)"""
+    return _count(model, 1, 0, max_states)
+
+
+def count_moves(model: Model, *, max_states: int = 1_000_000) -> int | None:
+    """How many moves brute force would take: a search that forgets what it has met. None as with `count_schedules`."""
+    return _count(model, 0, 1, max_states)
+
+
+def _count(model: Model, end: int, move: int, max_states: int) -> int | None:
     system = System(model)
     counts: dict[State, int] = {}
     open_: set[State] = set()
@@ -69,7 +78,7 @@ def count_schedules(model: Model, *, max_states: int = 1_000_000) -> int | None:
                 return None
             open_.add(state)
             if not moves or system.broken(state) is not None:
-                counts[state] = 1
+                counts[state] = end
         if state not in counts:
             left = [after for _, after in moves if after not in counts]
             if left:
@@ -77,7 +86,7 @@ def count_schedules(model: Model, *, max_states: int = 1_000_000) -> int | None:
                     return None
                 way.append((left[0], system.moves(left[0])))
                 continue
-            counts[state] = sum(counts[after] for _, after in moves)
+            counts[state] = sum(move + counts[after] for _, after in moves)
         open_.discard(state)
         way.pop()
     return counts[system.initial]
