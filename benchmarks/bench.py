@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import campaign, devices, evtchn, inspect, model, pytest_guest, tracing
+from benchmarks import campaign, check, devices, evtchn, inspect, model, pytest_guest, tracing
 from pvirq import Guest, Host
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
@@ -119,6 +119,15 @@ TARGETS = {
     # Tests under pytest, each in a fork of a booted guest, on one core (benchmarks/pytest_guest.py).
     "pytest.guest_tests.per_min": Target("/min", 0, least=200),
     "pytest.guest_tests_with_devices.per_min": Target("/min", 0),
+    # Searches of schedules on one core (benchmarks/check.py has the times of each race).
+    "check.philosophers.steps_per_s": Target("/s", 0, least=200_000),
+    "check.philosophers.plain_steps_per_s": Target("/s", 0),
+    "check.philosophers.reduction": Target("x", 1),
+    "check.races.steps_per_s": Target("/s", 0, least=200_000),
+    "check.races.slowest_found.s": Target("s", 2, most=60),
+    "check.races.slowest_clean.s": Target("s", 2, most=60),
+    "check.fifo.median_reduction": Target("x", 1),
+    "check.fifo.median_brute_force": Target("x", 1, least=10),
 }
 
 
@@ -245,6 +254,8 @@ def collect(runs: int, wanted: set[str]) -> dict[str, list[float]]:
         repeat(min(runs, 3), pytest_guest.run, found)
     if any(name.startswith("tracing.") for name in wanted):
         repeat(1, lambda: tracing.run(bool(shutil.which("gcc"))), found)
+    if any(name.startswith("check.") for name in wanted):
+        repeat(min(runs, 3), lambda: {name: value for name, value in check.run().items() if name in TARGETS}, found)
     with tempfile.TemporaryDirectory() as scratch:
         files: dict[str, bytes] = {}
         if shutil.which("gcc"):

@@ -10,7 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checklib import ORDERS, finals, program, wrong
-from pvirq.check import Lock, Model, Result, Thread, Var, atomically, choose, explore, fail, mb, note, wmb
+from pvirq.check import (
+    Lock,
+    Model,
+    Result,
+    Thread,
+    Var,
+    atomically,
+    choose,
+    count_schedules,
+    explore,
+    fail,
+    mb,
+    note,
+    wmb,
+)
+from pvirq.check.search import count_moves
 
 # -- known numbers -----------------------------------------------------------------------------------------------------
 
@@ -359,6 +374,35 @@ def test_progress_is_told() -> None:
 
     explore(writers(4, 12, shared=False), reduce=False, on_progress=on_progress)
     assert seen == [0x4000]
+
+
+def test_schedules_are_counted_exactly() -> None:
+    for threads, steps, wanted in ((2, 3, comb(6, 3)), (3, 2, 90), (4, 2, 2520)):
+        for shared in (False, True):
+            assert count_schedules(writers(threads, steps, shared=shared)) == wanted
+    # The beginnings of schedules, of each length.
+    assert count_moves(writers(2, 1, shared=True)) == 4
+    assert count_moves(writers(2, 2, shared=False)) == 2 + 4 + 6 + 6
+    # Where somebody must wait there are fewer: two lock regions one after the other, and the way into the first.
+    model = Model()
+    lock = model.lock("lock")
+
+    def thread() -> Thread:
+        yield lock.acquire()
+        yield lock.release()
+
+    model.thread("a", thread)
+    model.thread("b", thread)
+    assert count_schedules(model) == 2
+    assert count_schedules(writers(3, 3, shared=False), max_states=10) is None
+
+    def forever(word: Var) -> Thread:
+        while True:
+            yield word.write(1)
+
+    model = Model()
+    model.thread("t", forever, model.var("x"))
+    assert count_schedules(model) is None
 
 
 def test_the_same_model_is_searched_the_same_way_each_time() -> None:

@@ -58,7 +58,7 @@ def _moved(system: System, state: State, process: int, choice: int, after: State
     return Moved(
         process=process,
         choice=choice,
-        thread=system.owner(process),
+        thread=system.thread(process),
         name=system.process_name(process),
         text=system.describe(state, process),
         line=place.line if place is not None else "",

@@ -1,103 +1,138 @@
-"""Random schedules with a known chance: probabilistic concurrency testing.
+"""Random schedules with priorities, and a known chance to find a bug (PCT).
 
-Each process gets a random priority, and the one with the highest that can move does; at `depth` - 1 random moments the
-one that is about to move falls behind all others. Of n processes that take k moves altogether, each such run meets any
-given bug that takes `depth` orderings with a probability of at least 1 / (n * k ** (depth - 1)), however large the
-model is (Burckhardt, Kothari, Musuvathi and Nagarakatte, "A randomized scheduler with probabilistic guarantees of
-finding bugs", 2010).
+Each thread has a random priority, and the highest that can go on does; at `depth` - 1 random steps whoever is to go on
+falls below all others. Where it takes `depth` orders between steps to make something fail, one run of a model with n
+threads and k steps finds it with a chance of 1/(n * k^(depth-1)) at least (Burckhardt, Kothari, Musuvathi and
+Nagarakatte, "A randomized scheduler with probabilistic guarantees of finding bugs", 2010).
+
+A store buffer counts as a thread. Choices are thrown as well: the bound is for models without them. Runs share nothing
+but the places that they find, so what a seed does hangs on nothing else, and not on how many cores there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from random import Random
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
-from pvirq.check.parallel import in_order
-from pvirq.check.result import Failure, RandomResult
+from pvirq.check.cores import in_order
+from pvirq.check.result import Failure
 from pvirq.check.steps import Model
-from pvirq.check.system import Move, System
+from pvirq.check.system import System
 
-CALIBRATION = 20  # runs that tell how long one is
-CHUNK = 500  # runs that a process does before it tells what it found
-LONGEST = 100_000  # moves of a run: one that takes more goes round in circles
+_CHUNK = 250  # seeds that a worker is given at once
+_TRIALS = 8  # runs that say how long runs are
+
+
+@dataclass
+class PctResult:
+    """What random runs found."""
+
+    depth: int
+    processes: int  # n: threads and store buffers
+    steps: int  # k: the most that a run had, or was expected to have
+    runs: int = 0
+    failures: dict[int, Failure] = field(default_factory=dict)  # by seed
+    longest: int = 0  # steps of the longest run
+    cut: int = 0  # runs that were longer than max_steps
+
+    @property
+    def bound(self) -> float:
+        """The least chance of one run to find a bug of this depth."""
+        chance: float = 1 / (self.processes * max(self.steps, 1) ** (self.depth - 1))
+        return chance
+
+    def missed(self) -> float:
+        """The chance, at most, that a bug of this depth was missed by all runs."""
+        chance: float = (1 - self.bound) ** self.runs
+        return chance
 
 
 def pct(
-    model: Callable[[], Model],
+    model: Model,
     *,
     depth: int = 3,
-    runs: int = 10_000,
-    seed: int = 0,
-    jobs: int | None = 1,
-    on_progress: Callable[[int], None] | None = None,
-) -> RandomResult:
-    """Runs `seed` to `seed + runs - 1`, until one fails: the first in that order, whatever `jobs` is."""
-    system = System(model())
-    # Not from `seed`: a run is the same whichever was the first.
-    length = longest = max(_run(system, Random(f"length {number}"), 1, 1)[1] for number in range(CALIBRATION))
-    done = steps = unfinished = 0
-    work = partial(_chunk, system, depth, length, seed + runs)
-    failure: Failure | None = None
-    failed: int | None = None
-    for found, number, taken, long, cut in in_order(work, range(seed, seed + runs, CHUNK), jobs):
-        done += number
-        steps += taken
-        unfinished += cut
-        longest = max(longest, long)
-        if on_progress is not None:
-            on_progress(done)
-        if found is not None:
-            failed, failure = found
-            break
-    chance = float(1 / (system.processes * max(longest, 1) ** (depth - 1)))
-    return RandomResult(failure, failed, done, steps, longest, depth, chance, unfinished)
+    seeds: Iterable[int] = range(1000),
+    steps: int | None = None,
+    max_steps: int = 10_000,
+    jobs: int = 1,
+    first: bool = True,
+    on_progress: Callable[[PctResult], None] | None = None,
+) -> PctResult:
+    """Run a model once for each seed, until one fails (all of them, with `first` false).
 
-
-def _chunk(
-    system: System, depth: int, k: int, end: int, first: int
-) -> tuple[tuple[int, Failure] | None, int, int, int, int]:
-    """Some runs: the first failure and its seed; runs, moves, moves of the longest, runs cut off."""
-    steps = longest = cut = runs = 0
-    for seed in range(first, min(first + CHUNK, end)):
-        failure, taken = _run(system, Random(seed), depth, k)
-        runs += 1
-        steps += taken
-        longest = max(longest, taken)
-        cut += taken >= LONGEST
+    `steps` is k, by default the most that a few runs took that aren't counted. A run is cut after `max_steps`. With
+    several `jobs` the seeds are shared out to as many processes (forks, so a model need be nothing special), and the
+    result is the same as with one: that of the lowest failing seed, and of those before it.
+    """
+    if depth < 1:
+        raise ValueError(f"depth {depth} is less than 1")
+    system = System(model)
+    if steps is None:
+        steps = max(_run(system, seed, 1, 1, max_steps)[1] for seed in range(_TRIALS))
+    result = PctResult(depth, system.processes, steps)
+    for seed, (failure, taken) in _runs(system, list(seeds), depth, steps, max_steps, jobs):
+        result.runs += 1
+        if on_progress is not None and not result.runs & 0xFF:
+            on_progress(result)
+        result.longest = max(result.longest, taken)
+        result.cut += failure is None and taken >= max_steps
         if failure is not None:
-            return (seed, failure), runs, steps, longest, cut
-    return None, runs, steps, longest, cut
+            result.failures[seed] = failure
+            if first:
+                break
+    result.steps = max(steps, min(result.longest, max_steps))
+    return result
 
 
-def _run(system: System, random: Random, depth: int, k: int) -> tuple[Failure | None, int]:
-    """One run: what is wrong, if anything is, and how many moves it took."""
+def _runs(
+    system: System, seeds: list[int], depth: int, steps: int, max_steps: int, jobs: int
+) -> Iterator[tuple[int, tuple[Failure | None, int]]]:
+    if jobs == 1:
+        for seed in seeds:
+            yield seed, _run(system, seed, depth, steps, max_steps)
+        return
+    chunks = [seeds[at : at + _CHUNK] for at in range(0, len(seeds), _CHUNK)]
+
+    def run(chunk: list[int]) -> list[tuple[Failure | None, int]]:
+        return [_run(system, seed, depth, steps, max_steps) for seed in chunk]
+
+    for chunk, found in zip(chunks, in_order(run, chunks, jobs), strict=True):
+        yield from zip(chunk, found, strict=True)
+
+
+def _run(system: System, seed: int, depth: int, steps: int, max_steps: int) -> tuple[Failure | None, int]:
+    """One run: what failed, and how many steps it took."""
+    rng = random.Random(f"{seed}/{depth}/{steps}")
+    # The higher, the sooner; priorities below `depth` are those of points at which somebody falls.
     priorities = list(range(depth, depth + system.processes))
-    random.shuffle(priorities)
-    moments = iter(sorted(random.sample(range(max(k, depth - 1)), depth - 1)))
-    falls: Iterator[int] = iter(random.sample(range(1, depth), depth - 1))
-    moment = next(moments, -1)
+    rng.shuffle(priorities)
+    falls = {rng.randrange(max(steps, 1)): depth - 1 - number for number in range(depth - 1)}
     state = system.initial
     schedule: list[tuple[int, int]] = []
-    while len(schedule) < LONGEST:
-        moves = system.moves(state)
-        if not moves:
+    wrong = system.broken(state)
+    while wrong is None:
+        able = [process for process in range(system.processes) if system.edge(state, process).moves]
+        if not able:
             wrong = system.verdict(state)
-            return (Failure(wrong, tuple(schedule)) if wrong is not None else None), len(schedule)
-        process = _highest(moves, priorities)
-        if len(schedule) == moment:
-            priorities[process] = next(falls)
-            moment = next(moments, -1)
-            process = _highest(moves, priorities)
-        own = [move for move in moves if move[0] == process]
-        choice = random.randrange(len(own)) if len(own) > 1 else 0
-        state = own[choice][1]
+            break
+        if len(schedule) >= max_steps:
+            break
+        process = max(able, key=priorities.__getitem__)
+        fall = falls.get(len(schedule))
+        if fall is not None:
+            priorities[process] = fall
+            process = max(able, key=priorities.__getitem__)
+        moves = system.edge(state, process).moves
+        choice = rng.randrange(len(moves)) if len(moves) > 1 else 0
+        changes, mask, place = moves[choice]
+        new = list(state)
+        for index, value in changes:
+            new[index] = value
+        state = tuple(new)
         schedule.append((process, choice))
-        wrong = system.broken(state)
-        if wrong is not None:
-            return Failure(wrong, tuple(schedule)), len(schedule)
-    return None, len(schedule)
-
-
-def _highest(moves: list[Move], priorities: list[int]) -> int:
-    return max((move[0] for move in moves), key=priorities.__getitem__)
+        if place is not None and place.broken is not None:
+            wrong = system.says(place)
+        elif mask & system.watched:
+            wrong = system.unsound(state)
+    return (None if wrong is None else Failure(wrong, tuple(schedule))), len(schedule)

@@ -25,6 +25,8 @@ That is sound while no way leads back into itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Final
 
 from pvirq.check.result import Failure, Result, Watch
@@ -36,27 +38,32 @@ class Circle(Exception):
 
 
 class _Level:
-    """A state on the way, and what is to be done from it."""
+    """A state on the way, and what is to be done from it. What says "mask" has a bit a process."""
 
-    __slots__ = ("chosen", "edges", "enabled", "left", "process", "state", "summary", "todo", "undo")
+    __slots__ = (
+        "chosen", "edges", "enabled", "free", "left", "process", "state", "summary", "todo", "undo", "waits",
+    )  # fmt: skip
 
-    def __init__(self, state: State, edges: list[Edge], enabled: int, summary: int, todo: int) -> None:
+    def __init__(self, state: State, edges: list[Edge], enabled: int, free: int, waits: int, todo: int) -> None:
         self.state = state
         self.edges = edges  # of each process
-        self.enabled = enabled  # masks of processes
-        self.summary = summary
-        self.todo = todo
-        self.left = todo  # those that haven't been searched
+        self.enabled = enabled  # mask of those that can go on
+        self.free = free  # mask of those whose next move touches nothing that others see
+        self.waits = waits  # mask of those that others may let go on
+        self.summary = 0
+        self.todo = todo  # mask of those that are to be taken on
+        self.left = todo  # mask of those that haven't been
         self.process = -1  # that is being searched
         self.chosen = 0  # how many of its choices have been
-        self.undo: tuple[tuple[int, ...], list[Any]] | None = None  # of the table, for the move that was taken
+        self.undo: tuple[tuple[int, ...], tuple[Any, ...]] | None = None  # of the table, for the move that was taken
 
 
 class _Compiled:
     """What is done where a move touches what it touches: indices of the table, and bits of a summary."""
 
     __slots__ = (
-        "after", "bits", "checks", "drained", "joins", "marks", "pop", "push", "saves", "sets", "stores", "version",
+        "after", "bits", "checks", "drained", "joins", "marks", "pop", "push", "saved", "saves", "sets", "stores",
+        "version",
     )  # fmt: skip
 
     after: tuple[int, ...]  # it happens after these
@@ -68,6 +75,7 @@ class _Compiled:
     pop: tuple[int, int, int] | None
     push: int
     stores: bool  # there is `pop`, or `drained` is to be asked
+    saved: Callable[[list[Any]], tuple[Any, ...]]  # what is there
     saves: tuple[int, ...]  # all that it changes
     sets: tuple[int, ...]  # as `joins`, and it has happened after all else there
     version: int
@@ -115,14 +123,15 @@ class Reduced:
         self.has = [0] * system.processes  # levels from which it is taken on
         self.saturated = 0  # levels from which all are
         self.looking: dict[int, list[int]] = {}  # buffers that look at what changes
+        self.enough = False
+        self.pause = watch.next(result)  # at so many states
 
     def run(self) -> None:
         system, result, way, table, moved = self.system, self.result, self.way, self.table, self.moved
-        watched, arrived, looks = system.watched, self.watch.arrived, system.unsound
+        watched, unsound, arrive, take = system.watched, system.unsound, self._arrive, self._take
         met: dict[State, int] = {system.initial: -1}  # what each process touches from there on; -1: on the way
         wrong = system.broken(system.initial) or self._start()
-        enough = arrived(result)
-        while wrong is None and not enough:
+        while wrong is None and not self.enough:
             level = way[-1]
             # The next move of this state.
             process = level.process
@@ -145,7 +154,7 @@ class Reduced:
             changes, mask, place = edge.moves[level.chosen]
             level.chosen += 1
             result.steps += 1
-            # What it races, and what happened before.
+            # What it races.
             compiled = edge.touch.compiled
             if compiled is None or compiled.version != self.version:
                 compiled = self._compile(edge.touch)
@@ -164,96 +173,104 @@ class Reduced:
                 new[index] = value
             state = tuple(new)
             known = met.get(state)
-            self._take(level, compiled, process)
+            take(level, compiled, process)
             if known is not None:
                 if known < 0:
                     raise Circle
-                level.summary |= known
-                self._meet(known)
+                if known:
+                    level.summary |= known
+                    self._meet(known)
                 self._back(level)
                 continue
             met[state] = -1
             if place is not None and place.broken is not None:
                 wrong = system.says(place)
             elif mask & watched:
-                wrong = looks(state)
-            at_end = self._arrive(level, state, mask, process)
-            wrong = wrong or at_end  # what a thread says comes before what is wrong where nobody can go on
-            enough = arrived(result)
+                wrong = unsound(state)
+            stuck = arrive(level, state, mask, process)
+            wrong = wrong or stuck  # who breaks a property with a lock held makes others wait
         if wrong is not None:
             result.failure = Failure(wrong, tuple((level.process, level.chosen - 1) for level in way[:-1]))
 
     # -- states ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> str | None:
-        system = self.system
-        edges = [system.edge(system.initial, process) for process in range(system.processes)]
-        enabled = sum(1 << process for process, edge in enumerate(edges) if edge.moves)
-        return self._enter(system.initial, edges, enabled, 0)
+        nothing = _Level(self.system.initial, [self.system.ended] * self.system.processes, 0, 0, 0, 0)
+        return self._arrive(nothing, self.system.initial, ~0, 0)
 
     def _arrive(self, level: _Level, state: State, mask: int, process: int) -> str | None:
         """A new state, where what `mask` says has changed: what can be done there, and what is wrong with it."""
-        system = self.system
+        system, result = self.system, self.result
         edges = level.edges.copy()
-        enabled = level.enabled
+        enabled, free, waits = level.enabled, level.free, level.waits
+        bit = 1
         for each in range(system.threads):
             place = state[each]
-            if place.look & mask or each == process:
+            if place.look & mask or each == process or mask < 0:
                 try:
                     edge = place.edges[place.key(state)]
                 except KeyError:
                     edge = system.edge(state, each)
                 edges[each] = edge
                 if edge.moves:
-                    enabled |= 1 << each
-                else:
-                    enabled &= ~(1 << each)
+                    enabled |= bit
+                    waits &= ~bit
                     if edge.touch.may:
+                        free &= ~bit
+                    else:
+                        free |= bit
+                else:
+                    enabled &= ~bit
+                    free &= ~bit
+                    if edge.touch.may:
+                        waits |= bit
                         self._waits(each, edge.touch)
+                    else:
+                        waits &= ~bit
+            bit <<= 1
         if system.buffers:
-            looking = self.looking.get(mask)
-            if looking is None:
-                looking = self.looking[mask] = [
-                    system.threads + number for number, buffer in enumerate(system.buffers) if buffer.look & mask
-                ]
-            for each in looking:
+            for each in self._looking(mask):
                 edge = edges[each] = system.edge(state, each)
                 if edge.moves:
                     enabled |= 1 << each
                 else:
                     enabled &= ~(1 << each)
-        return self._enter(state, edges, enabled, process)
-
-    def _enter(self, state: State, edges: list[Edge], enabled: int, process: int) -> str | None:
-        system, result = self.system, self.result
+        # Who touches nothing that others see goes first, and nobody need be tried in its place; otherwise who went.
+        first = free or (enabled & 1 << process) or enabled
+        first &= -first
+        new = _Level(state, edges, enabled, free, waits, first)
+        while waits:
+            bit = waits & -waits
+            waits ^= bit
+            touch = edges[bit.bit_length() - 1].touch
+            new.summary |= (touch.compiled or self._compile(touch)).bits
         depth = len(self.way)
+        self.way.append(new)
         result.states += 1
         result.deepest = max(result.deepest, depth)
-        summary = 0
-        waiting = (1 << system.threads) - 1 & ~enabled
-        while waiting:
-            bit = waiting & -waiting
-            waiting ^= bit
-            touch = edges[bit.bit_length() - 1].touch
-            if touch.may:
-                summary |= (touch.compiled or self._compile(touch)).bits
+        if result.states >= self.pause:
+            self._pause()
         if not enabled:
-            self.way.append(_Level(state, edges, 0, summary, 0))
             return self.watch.end(system, state, result)
-        # Who touches nothing that others see goes first, and nobody need be tried in its place; otherwise who went.
-        first = process if enabled >> process & 1 else (enabled & -enabled).bit_length() - 1
-        left = enabled
-        while left:
-            bit = left & -left
-            left ^= bit
-            if not edges[bit.bit_length() - 1].touch.may:
-                first = bit.bit_length() - 1
-                break
-        self.way.append(_Level(state, edges, enabled, summary, 1 << first))
-        self.has[first] |= 1 << depth
-        if 1 << first == enabled:
+        self.has[first.bit_length() - 1] |= 1 << depth
+        if first == enabled:
             self.saturated |= 1 << depth
         return None
+
+    def _looking(self, mask: int) -> list[int]:
+        """The buffers that look at what has changed."""
+        looking = self.looking.get(mask)
+        if looking is None:
+            system = self.system
+            looking = self.looking[mask] = [
+                system.threads + number for number, buffer in enumerate(system.buffers) if buffer.look & mask
+            ]
+        return looking
+
+    def _pause(self) -> None:
+        """So many states were met: somebody may be told, or it is enough."""
+        self.enough = self.watch.arrived(self.result)
+        self.pause = self.watch.next(self.result)
 
     def _leave(self) -> int:
         """All that is below a state is searched: its summary."""
@@ -354,8 +371,7 @@ class Reduced:
     def _take(self, level: _Level, compiled: _Compiled, process: int) -> None:
         """Note what a move touched, and what happened before it."""
         table = self.table
-        saves = compiled.saves
-        level.undo = saves, [table[index] for index in saves]
+        level.undo = compiled.saves, compiled.saved(table)
         here = 1 << len(self.way) - 1
         happened = table[process] | here
         for index in compiled.after:
@@ -393,7 +409,7 @@ class Reduced:
             # Who is to take a lock comes after all that is done while others hold it.
             writer |= (mode is Mode.TAKE) << thing
             reader |= (mode is Mode.SHARE) << thing
-        thread = self._thread(touch) if writer | reader else -1
+        thread = self.system.thread(touch.process) if writer | reader else -1
         checks = [self._kind(thing, (mode, writer, reader, thread)) for thing, mode in touch.may]
         after: list[int] = []
         sets: list[int] = []
@@ -421,7 +437,7 @@ class Reduced:
         compiled.drained = drained + touch.process
         if touch.fence:
             after.append(compiled.drained)
-        saves = [touch.process, *marks, *sets, *joins]
+        saves = [touch.process, touch.process, *marks, *sets, *joins]  # two at least, so that `saved` is a tuple
         if touch.push:
             saves.append(compiled.push)
         if touch.pop is not None:
@@ -431,6 +447,7 @@ class Reduced:
             saves += [stores + thread, drained + thread]
         compiled.checks, compiled.after, compiled.marks = tuple(checks), tuple(after), tuple(marks)
         compiled.sets, compiled.joins, compiled.saves = tuple(sets), tuple(joins), tuple(saves)
+        compiled.saved = itemgetter(*saves)
         compiled.bits = 0
         for index in checks:
             number = self.bits.setdefault((touch.process, index), len(self.bit_list))
@@ -465,7 +482,7 @@ class Reduced:
                 break
             touch = level.edges[level.process].touch
             if any(each == thing and self._races(kind, mode, touch) for each, mode in touch.things):
-                level.undo = (*level.undo[0], index), [*level.undo[1], moves]
+                level.undo = (*level.undo[0], index), (*level.undo[1], moves)
                 moves |= 1 << depth
         self.table.append(moves)
         return index
@@ -476,9 +493,4 @@ class Reduced:
         if mode not in _RACES[later]:
             return False
         writers, readers = touch.held
-        return not (writer & (writers | readers) or reader & writers) or thread == self._thread(touch)
-
-    def _thread(self, touch: Touch) -> int:
-        """Whose move it is: a buffer's are its thread's, which holds the same locks as it itself does."""
-        process, system = touch.process, self.system
-        return process if process < system.threads else system.buffers[process - system.threads].thread
+        return not (writer & (writers | readers) or reader & writers) or thread == self.system.thread(touch.process)

@@ -34,21 +34,6 @@ class Result:
 
 
 @dataclass(frozen=True)
-class RandomResult:
-    """What random runs found. `chance`: how likely each of them was, at least, to meet a bug of this depth."""
-
-    failure: Failure | None
-    seed: int | None  # of the run that failed
-    runs: int
-    steps: int  # moves taken
-    longest: int  # moves of the longest run
-    depth: int
-    chance: float
-    unfinished: int = 0  # runs cut off: they go on and on
-    complete: bool = False  # never: there may be other schedules
-
-
-@dataclass(frozen=True)
 class Watch:
     """Who is told of a search, and when it stops."""
 
@@ -62,6 +47,11 @@ class Watch:
         if self.on_end is not None:
             self.on_end(system.end(state))
         return system.verdict(state)
+
+    def next(self, result: Result) -> int:
+        """At how many states `arrived` has something to say next."""
+        told = (result.states | 0x3FFF) + 1
+        return told if self.max_states is None else min(told, self.max_states)
 
     def arrived(self, result: Result) -> bool:
         """A state was met; is that enough?"""

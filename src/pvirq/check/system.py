@@ -100,6 +100,7 @@ class System:
         self.threads = len(model.programs)
         self.variables = len(model.variables)
         self.wild = 0  # mask of locks that are variables like others
+        self.strict = False  # to raise where another one turns out to be: what moves touch has to be right
         self._touches: dict[Hashable, Touch] = {}
         self._invariants: list[list[int]] = [[] for _ in model.variables]  # of each variable, as things
         for number, invariant in enumerate(model.invariants):
@@ -221,7 +222,9 @@ class System:
                 single = len(step.writes) == len(step.reads) == 1
                 fine = value == after or (single and _legal(value, after, place.held, bit))
             if not fine:
-                raise WildLock(bit)
+                if self.strict:
+                    raise WildLock(bit)
+                self.wild |= bit
 
     # -- what is wrong ---------------------------------------------------------------------------------------------
 
@@ -268,9 +271,13 @@ class System:
 
     # -- for people ------------------------------------------------------------------------------------------------
 
+    def thread(self, process: int) -> int:
+        """Whose process it is: a buffer's are its thread's."""
+        return process if process < self.threads else self.buffers[process - self.threads].thread
+
     def process_name(self, process: int) -> str:
         """The thread's; a buffer has its thread's name."""
-        return self.model.programs[self.owner(process)].name
+        return self.model.programs[self.thread(process)].name
 
     def describe(self, state: State, process: int) -> str:
         """What a process does next from a state, in words."""
@@ -300,10 +307,6 @@ class System:
         if step is not None and (step.kind is not Kind.STORE or self.model.order == "sc"):
             indices |= {variable.index for variable in step.writes}
         return tuple(variable.name for variable in self.model.variables if variable.index in indices)
-
-    def owner(self, process: int) -> int:
-        """The thread that a process is, or whose buffer it is."""
-        return process if process < self.threads else self.buffers[process - self.threads].thread
 
 
 def _legal(value: Any, after: Any, held: Held, bit: int) -> bool:

@@ -226,7 +226,7 @@ def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashabl
     What it computed may be in the step that it has yielded, and nowhere else.
 
     The collector's view of a frame has what f_locals lacks: the interpreter's stack. (A `for` over a list is at a
-    position there; `f((yield a), (yield b))` keeps the first result there.)
+    position there; `f((yield a), (yield b))` keeps the first result there.) It has the local variables as well.
     """
     parts: list[Hashable] = [_shape(step)]
     try:
@@ -240,11 +240,10 @@ def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashabl
             variables = frame.f_locals
             parts.append(frame.f_lasti)
             parts.append(frame.f_code)
-            parts.extend((name, _freeze(value)) for name, value in variables.items())
-            known = (frame, delegate, variables)
-            parts.extend(
-                _freeze(value) for value in gc.get_referents(inner) if not any(value is each for each in known)
-            )
+            parts.append(tuple(variables))  # those that have a value: what it is comes below, in the same order
+            for value in gc.get_referents(inner):
+                if value is not frame and value is not delegate and value is not variables:
+                    parts.append(_freeze(value))
             inner = delegate
     except (_Opaque, RecursionError):
         return None

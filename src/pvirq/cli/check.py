@@ -15,12 +15,13 @@ import click
 from pvirq.cli.messages import Messages
 
 if TYPE_CHECKING:
-    from pvirq.check import Model
+    from pvirq.check import Failure, Model
     from pvirq.check.guided import Moved
     from pvirq.check.load import Check
-    from pvirq.check.result import RandomResult, Result
+    from pvirq.check.pct import PctResult
+    from pvirq.check.result import Result
 
-    Found = Result | RandomResult
+    Found = Result | PctResult
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_INCOMPLETE: Final = 3
@@ -228,7 +229,7 @@ class _Session:
 
     def _results(self) -> Iterator[tuple[Check, Found]]:
         """What came of each check, in their order: a check a process, or a check's random runs shared out."""
-        from pvirq.check.parallel import cores, in_order
+        from pvirq.check.cores import cores, in_order
 
         jobs = min(self.ways.jobs or cores(), len(self.checks))
         if self.ways.runs is not None:
@@ -264,30 +265,33 @@ class _Session:
         return found
 
     def _random(self, check: Check) -> Found:
+        from pvirq.check.cores import cores
         from pvirq.check.pct import pct
         from pvirq.check.shortest import shorten
 
         self.messages.begin(f"running {check.name}")
         assert self.ways.runs is not None
         found = pct(
-            lambda: self.ways.model(check), depth=self.ways.depth, runs=self.ways.runs, seed=self.ways.seed,
-            jobs=self.ways.jobs, on_progress=lambda runs: self.messages.tick(f"{runs:,} schedules, "),
+            self.ways.model(check), depth=self.ways.depth, jobs=self.ways.jobs or cores(),
+            seeds=range(self.ways.seed, self.ways.seed + self.ways.runs),
+            on_progress=lambda result: self.messages.tick(f"{result.runs:,} schedules, "),
         )  # fmt: skip
-        if found.failure is not None and self.pictures.wanted:
-            found = replace(found, failure=shorten(self.ways.model(check), found.failure))
+        if self.pictures.wanted:
+            for seed, failure in found.failures.items():
+                found.failures[seed] = shorten(self.ways.model(check), failure)
         self.messages.end()
         return found
 
     def _judge(self, check: Check, result: Found) -> int:
         """The exit status that a result makes."""
-        if result.failure is not None:
+        if _failure(result) is not None:
             return 0 if check.fault else EXIT_UNEXPECTED
-        if not result.complete:
-            return EXIT_INCOMPLETE if self.ways.runs is None else EXIT_UNEXPECTED if check.fault else 0
+        if self.ways.runs is None and not _complete(result):
+            return EXIT_INCOMPLETE
         return EXIT_UNEXPECTED if check.fault else 0
 
     def _print(self, check: Check, result: Found, wrong: int) -> None:
-        failure = result.failure
+        failure = _failure(result)
         if self.as_json:
             click.echo(json.dumps(self._values(check, result, wrong)))
         else:
@@ -308,18 +312,33 @@ class _Session:
 
     def _values(self, check: Check, result: Found, wrong: int) -> dict[str, Any]:
         values = asdict(result)
-        failure = values.pop("failure")
+        failure = _failure(result)
+        failures = values.pop("failures", {})
+        values.pop("failure", None)
         return {
             "check": check.name, "fault": check.fault if check.race else None, "as_expected": not wrong,
-            "broken": failure and failure["message"], "schedule": failure and failure["schedule"], **values,
+            "broken": failure.message if failure else None, "schedule": failure.schedule if failure else None,
+            **({"seed": min(failures, default=None)} if self.ways.runs is not None else {}), **values,
         }  # fmt: skip
+
+
+def _failure(result: Found) -> Failure | None:
+    from pvirq.check.result import Result
+
+    return result.failure if isinstance(result, Result) else next(iter(result.failures.values()), None)
+
+
+def _complete(result: Found) -> bool:
+    from pvirq.check.result import Result
+
+    return isinstance(result, Result) and result.complete
 
 
 def _words(result: Found, wrong: int) -> str:
     """What came of a search, in a sentence or two."""
     from pvirq.check.result import Result
 
-    failure = result.failure
+    failure = _failure(result)
     found = f"{'BROKEN' if wrong else 'found'}: {failure.message} ({len(failure.schedule)} steps)." if failure else ""
     if isinstance(result, Result):
         size = f"{result.states:,} states, {result.steps:,} steps, {result.seconds:.1f} s"
@@ -329,13 +348,15 @@ def _words(result: Found, wrong: int) -> str:
         if not result.complete:
             return f"nothing found, but not searched to the end: {size}"
         return f"{'NOT FOUND, all is clean' if wrong else 'clean'}: {size}"
-    size = f"{result.runs:,} schedules, {result.steps:,} steps"
-    if result.unfinished:
-        size += f"; {result.unfinished:,} schedules were cut off, since they go on and on"
-    chance = f"each had a chance of 1 in {1 / result.chance:,.0f} or more to meet a given bug of depth {result.depth}"
+    size = f"{result.runs:,} schedules of up to {result.longest:,} steps"
+    if result.cut:
+        size += f"; {result.cut:,} of them were cut off there, since they go on and on"
     if failure is not None:
-        return f"{found} Seed {result.seed}, after {size}"
-    return f"nothing found in {size}; {chance}"
+        return f"{found} Seed {min(result.failures)}, after {size}"
+    return (
+        f"nothing found in {size}; each had a chance of 1 in {1 / result.bound:,.0f} or more to meet a given bug of "
+        f"depth {result.depth}"
+    )
 
 
 def _story(check: Check) -> str:
