@@ -311,11 +311,11 @@ def test_an_event_waits_for_each_other_port_once() -> None:
     """Fairness: what is raised again while it waits comes behind it. The one being handled may be ahead as well."""
     model = Model()
     fifo = Fifo(model, 2)
-    waiting = model.var("waiting")  # 0: not raised; then one more than were handled since
+    waiting = model.var("waiting")  # 0: not raised; then one more than were handled since; -1: it was handled
 
     def handle(port: int) -> Thread:
         yield fifo.word[port].update(lambda value: value & ~PENDING)
-        before = yield waiting.update(lambda count: 0 if port == 2 else count and count + 1)
+        before = yield waiting.update(lambda count: -1 if port == 2 else count + 1 if count > 0 else count)
         if port == 1 and before > 2:
             fail("port 2 waits while port 1 is handled again")
 

@@ -1,6 +1,7 @@
 """The checker: protocols between CPUs as small programs, and explorers of all their schedules (docs/check.md)."""
 
-from pvirq.check.search import Failure, Result, explore
+from pvirq.check.result import Failure, Result
+from pvirq.check.search import explore
 from pvirq.check.steps import (
     Broken,
     End,

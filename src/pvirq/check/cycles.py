@@ -18,7 +18,7 @@ def fair_cycle(system: System, edges: dict[State, list[Move]]) -> tuple[str, tup
         moving = 0
         for state in component:
             able = 0
-            for process, after, _ in edges[state]:
+            for process, after in edges[state]:
                 able |= 1 << process
                 if after in inside:
                     moving |= 1 << process
@@ -80,7 +80,7 @@ def _way(edges: dict[State, list[Move]], begin: State, end: State, inside: set[S
         if state == end:
             break
         counts: dict[int, int] = {}
-        for process, after, _ in edges[state]:
+        for process, after in edges[state]:
             choice = counts[process] = counts.get(process, -1) + 1
             if after not in came and (inside is None or after in inside):
                 came[after] = state, (process, choice)
@@ -102,7 +102,7 @@ def _around(edges: dict[State, list[Move]], begin: State, inside: set[State], mo
         # The nearest state from which one that hasn't moved does.
         for target in inside:
             counts: dict[int, int] = {}
-            for process, after, _ in edges[target]:
+            for process, after in edges[target]:
                 choice = counts[process] = counts.get(process, -1) + 1
                 if left >> process & 1 and after in inside:
                     steps = _way(edges, state, target, inside)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
-from pvirq.check.steps import End, Model
+from pvirq.check.steps import End, Kind, Model
 from pvirq.check.system import State, System
+
+LOCKING: Final = (Kind.ACQUIRE, Kind.SHARE, Kind.RELEASE, Kind.LEAVE)
 
 
 class ScheduleError(Exception):
@@ -19,10 +22,13 @@ class Moved:
 
     process: int
     choice: int
+    thread: int  # whose column it is in: itself, or for hardware the thread that it belongs to
     name: str
     text: str
     line: str
     changed: tuple[tuple[str, object, object], ...]  # name, before, after
+    read: tuple[tuple[str, object], ...]  # name and value, as the thread saw it
+    wrote: tuple[str, ...]  # what it wrote for all to see, changed or not
     state: State
 
 
@@ -37,17 +43,30 @@ def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Move
             name = system.process_name(process) if process < system.processes else f"process {process}"
             raise ScheduleError(f"step {len(moved) + 1}: {name} can't go on there")
         after = moves[choice][1]
-        moved.append(
-            Moved(
-                process, choice, system.process_name(process), system.describe(state, process),
-                state[process].line if process < system.threads else "", _changes(system, state, after), after,
-            )
-        )  # fmt: skip
+        moved.append(_moved(system, state, process, choice, after))
         state = after
     wrong = system.broken(state)
     if wrong is None and not system.moves(state):
         wrong = system.verdict(state)
     return moved, wrong
+
+
+def _moved(system: System, state: State, process: int, choice: int, after: State) -> Moved:
+    place = state[process] if process < system.threads else None
+    # What a lock's word holds is nobody's business.
+    silent = place is not None and place.step is not None and place.step.kind in LOCKING
+    return Moved(
+        process=process,
+        choice=choice,
+        thread=system.owner(process),
+        name=system.process_name(process),
+        text=system.describe(state, process),
+        line=place.line if place is not None else "",
+        changed=() if silent else _changes(system, state, after),
+        read=() if silent else system.read_by(state, process, choice),
+        wrote=() if silent else system.written_by(state, process, choice),
+        state=after,
+    )
 
 
 def _changes(system: System, before: State, after: State) -> tuple[tuple[str, object, object], ...]:

@@ -30,7 +30,9 @@ class Kind(enum.Enum):
     STORE = "store"
     ATOMIC = "atomic"  # locked: indivisible, and a full barrier
     ACQUIRE = "acquire"  # of a lock: waits, then as ATOMIC
+    SHARE = "share"  # of a lock, for reading: as ACQUIRE
     RELEASE = "release"  # of a lock
+    LEAVE = "leave"  # of a lock that is held for reading: locked, as other readers count there as well
     MB = "mb"
     WMB = "wmb"
     RMB = "rmb"
@@ -79,6 +81,7 @@ class Var:
     initial: Hashable
     index: int
     coherent: bool = False
+    lock: bool = False  # a Lock's
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -158,12 +161,19 @@ class Lock:
 
     def read_acquire(self) -> Step:
         return Step(
-            Kind.ACQUIRE, (self.var,), (self.var,), lambda held: ((held + 1,), None), lambda held: held >= 0,
+            Kind.SHARE, (self.var,), (self.var,), lambda held: ((held + 1,), None), lambda held: held >= 0,
             text=f"takes {self.name} for reading",
         )  # fmt: skip
 
+    def read_trylock(self) -> Step:
+        """The result is whether it was taken for reading."""
+        return Step(
+            Kind.ATOMIC, (self.var,), (self.var,), lambda held: ((held + 1,), True) if held >= 0 else ((held,), False),
+            text=f"tries to take {self.name} for reading",
+        )  # fmt: skip
+
     def read_release(self) -> Step:
-        return Step(Kind.RELEASE, (self.var,), (self.var,), self._left, text=f"releases {self.name} for reading")
+        return Step(Kind.LEAVE, (self.var,), (self.var,), self._left, text=f"releases {self.name} for reading")
 
     def _released(self, held: int) -> tuple[tuple[int], None]:
         if held != -1:
@@ -271,7 +281,9 @@ class Model:
         return [self.var(f"{name}[{number}]", initial, coherent=coherent) for number in range(count)]
 
     def lock(self, name: str) -> Lock:
-        return Lock(self.var(name, 0, coherent=True))
+        variable = self.var(name, 0, coherent=True)
+        variable.lock = True
+        return Lock(variable)
 
     def thread(self, name: str, program: Callable[..., Thread], *arguments: Any, may_wait: bool = False) -> None:
         """A CPU, a vCPU, or whatever runs beside others. One that `may_wait` may wait for ever, as an idle guest does;

@@ -17,8 +17,9 @@ from typing import Any
 
 from pvirq.check.steps import Broken, Kind, Lock, Model, Program, Step, Var
 
-# A taken step: new values by their index in the state, and the places that may come next (several: a choice).
-Edge = tuple[tuple[tuple[int, Hashable], ...], tuple["Place", ...]]
+# What came of a step: the new values of what it writes, in that order, and the places that may come next (several: a
+# choice); None: it can't be taken yet.
+Outcome = tuple[tuple[Hashable, ...], tuple["Place", ...]] | None
 
 
 class ModelError(Exception):
@@ -26,93 +27,86 @@ class ModelError(Exception):
 
 
 class Place:
-    """Where a thread stands, and the step that it takes next (None: it has ended, or a property is broken)."""
+    """Where a thread stands, and the step that it takes next (None: it has ended, or a property is broken).
+
+    `look`, `key` and `edges` are pvirq.check.system's, which knows what else than values the step hangs on.
+    """
 
     __slots__ = (
-        "access", "broken", "edges", "generator", "history", "key", "line", "looks", "number", "reads", "step",
-        "thread", "writes",
+        "broken", "edges", "generator", "held", "history", "key", "line", "look", "number", "origin", "outcomes",
+        "step", "thread",
     )  # fmt: skip
 
-    def __init__(self, thread: ThreadAutomaton, number: int, history: tuple[Any, ...]) -> None:
+    def __init__(
+        self, thread: ThreadAutomaton, number: int, origin: Place | None, history: tuple[Any, ...], held: Held
+    ) -> None:
         self.thread = thread
         self.number = number
+        self.origin = origin  # the place before
         self.history = history  # the results with which a new generator comes here
+        self.held = held
         self.step: Step | None = None
         self.broken: str | None = None
         self.line = ""  # "file.py:12"
         self.generator: Any = None  # one that stands here and hasn't been used, if there is one
+        self.outcomes: dict[tuple[Any, ...], Outcome] = {}
+        self.look = 0
         self.key: Callable[[tuple[Any, ...]], Any] = itemgetter(0)
-        self.edges: dict[Any, Edge | None] = {}
-        self.reads: tuple[int, ...] = ()
-        self.writes: tuple[int, ...] = ()
-        self.access: Any = None  # what pvirq.check.system notes of the step
-        self.looks: Any = None
+        self.edges: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"<{self.thread.program.name} {self.number}>"
 
-    def edge(self, values: Any) -> Edge | None:
-        """What comes of the step for `values`, as `key` reads them from a state; None: it can't be taken yet."""
-        return self.thread.edge(self, values)
+    def outcome(self, values: tuple[Any, ...]) -> Outcome:
+        """What comes of the step where `values` are those of what it reads."""
+        try:
+            return self.outcomes[values]
+        except KeyError:
+            return self.thread.outcome(self, values)
 
 
 class ThreadAutomaton:
-    """All places of a thread that were met. `base` is the index of variable 0 in a state."""
+    """All places of a thread that were met."""
 
-    def __init__(self, program: Program, slot: int, base: int) -> None:
+    def __init__(self, program: Program, slot: int, prepare: Callable[[Place], None]) -> None:
         self.program = program
         self.slot = slot
-        self.base = base
+        self.prepare = prepare  # called with each new place
         self.places: dict[Hashable, Place] = {}
         self.count = 0
-        self.start = self._arrive((), None)
+        self.start = self._arrive((), None, (0, 0))
 
-    def edge(self, place: Place, values: Any) -> Edge | None:
+    def outcome(self, place: Place, values: tuple[Any, ...]) -> Outcome:
         step = place.step
         assert step is not None
-        arguments = values if len(step.reads) > 1 else (values,) if step.reads else ()
-        edge: Edge | None = None
-        if step.when is None or self._called(step.when, place, arguments):
+        outcome: Outcome = None
+        if step.when is None or self._called(step.when, place, values):
             try:
-                new, result = step.do(*arguments)
+                new, result = step.do(*values)
             except (Broken, AssertionError) as error:
-                edge = ((), (self._broken(place, error),))
+                outcome = ((), (self._broken(place, error),))
             except Exception as error:
                 raise self._error(place, error) from error
             else:
+                if len(new) != len(step.writes):
+                    raise ModelError(f"{self._where(place)}: {len(new)} values for {len(step.writes)} variables")
                 results = range(step.choices) if step.choices > 1 else (0,) if step.kind is Kind.LOCAL else (result,)
-                edge = (
-                    tuple(
-                        (self.base + variable.index, value) for variable, value in zip(step.writes, new, strict=True)
-                    ),
-                    tuple(self._arrive((*place.history, each), place) for each in results),
-                )
-        place.edges[values] = edge
-        return edge
+                held = _held(place.held, step, values, new)
+                outcome = (tuple(new), tuple(self._arrive((*place.history, each), place, held) for each in results))
+        place.outcomes[values] = outcome
+        return outcome
 
-    def _called(self, function: Callable[..., bool], place: Place, arguments: tuple[Any, ...]) -> bool:
-        try:
-            return bool(function(*arguments))
-        except Exception as error:
-            raise self._error(place, error) from error
-
-    def _arrive(self, history: tuple[Any, ...], origin: Place | None) -> Place:
+    def _arrive(self, history: tuple[Any, ...], origin: Place | None, held: Held) -> Place:
         """Where the results in `history` lead."""
-        place = Place(self, self.count, history)
-        generator = None
-        if origin is not None and origin.generator is not None:
-            generator, origin.generator = origin.generator, None
-            inputs = history[-1:]
+        place = Place(self, self.count, origin, history, held)
         try:
-            if generator is None:
-                generator = self.program.run()
-                if not isinstance(generator, types.GeneratorType):
-                    raise ModelError(f"{self.program.name} isn't a generator: it has no yield")
-                inputs = (None, *history)
-            for value in inputs:
-                step = generator.send(value)
+            if origin is not None and origin.generator is not None:
+                generator, origin.generator = origin.generator, None
+            else:
+                generator = self._again(origin)
+            step = generator.send(history[-1] if history else None)
         except StopIteration:
-            return self._met(("end",), place)
+            return self._met(("end", held), place)
         except (Broken, AssertionError) as error:
             return self._broken(place, error)
         except ModelError:
@@ -127,34 +121,81 @@ class ThreadAutomaton:
             inner = inner.gi_yieldfrom
         place.line = f"{inner.gi_code.co_filename.rpartition('/')[2]}:{inner.gi_frame.f_lineno}"
         key = frozen(generator, step)
-        found = self._met(("history", history) if key is None else key, place)
+        found = self._met(("history", history) if key is None else (key, held), place)
         if found is place:
             place.generator = generator
-            self._index(place, step)
         else:
             generator.close()
         return found
+
+    def _again(self, origin: Place | None) -> Any:
+        """A new generator at the place `origin`, or at the beginning."""
+        generator = self.program.run()
+        if not isinstance(generator, types.GeneratorType):
+            raise ModelError(f"{self.program.name} isn't a generator: it has no yield")
+        way = []
+        place = origin
+        while place is not None:
+            way.append(place)
+            place = place.origin
+        results = () if origin is None else (None, *origin.history)
+        for place, value in zip(reversed(way), results, strict=True):
+            try:
+                step = generator.send(value)
+            except Exception as error:
+                raise self._changed(place) from error
+            if not isinstance(step, Step) or _shape(step) != _shape(place.step):
+                raise self._changed(place)
+        return generator
 
     def _met(self, key: Hashable, place: Place) -> Place:
         found = self.places.setdefault(key, place)
         if found is place:
             self.count += 1
+            self.prepare(place)
         return found
 
-    def _index(self, place: Place, step: Step) -> None:
-        place.reads = tuple(variable.index for variable in step.reads)
-        place.writes = tuple(variable.index for variable in step.writes)
-        place.key = itemgetter(*(self.base + index for index in place.reads)) if step.reads else itemgetter(self.slot)
-
     def _broken(self, place: Place, error: BaseException) -> Place:
-        found = Place(self, self.count, place.history)
+        found = Place(self, self.count, place, place.history, place.held)
         found.broken = str(error) or _assertion(error)
         found.line = place.line
         return self._met(("broken", found.broken), found)
 
+    def _called(self, function: Callable[..., bool], place: Place, arguments: tuple[Any, ...]) -> bool:
+        try:
+            return bool(function(*arguments))
+        except Exception as error:
+            raise self._error(place, error) from error
+
+    def _where(self, place: Place) -> str:
+        return f"{self.program.name} ({place.line})" if place.line else self.program.name
+
     def _error(self, place: Place, error: Exception) -> ModelError:
-        where = f" ({place.line})" if place.line else ""
-        return ModelError(f"{self.program.name}{where}: {type(error).__name__}: {error}")
+        return ModelError(f"{self._where(place)}: {type(error).__name__}: {error}")
+
+    def _changed(self, place: Place) -> ModelError:
+        return ModelError(f"{self._where(place)}: another step when it is run again; it keeps something outside")
+
+
+# Locks that a thread has taken and not given back, as masks of their variables: as writer (or spinlock), as reader.
+Held = tuple[int, int]
+
+
+def _held(held: Held, step: Step, before: tuple[Any, ...], after: tuple[Any, ...]) -> Held:
+    """What a thread holds after a step: a lock's, or a locked instruction that does what those do."""
+    if len(step.writes) != 1 or step.writes != step.reads or not step.writes[0].lock or before == after:
+        return held
+    bit = 1 << step.writes[0].index
+    writer, reader = held
+    if after[0] == -1:
+        return writer | bit, reader
+    if after[0] > before[0] >= 0:
+        return writer, reader | bit
+    return writer & ~bit, reader & ~bit
+
+
+def _shape(step: Step | None) -> Hashable:
+    return step and (step.kind, step.reads, step.writes, step.text, step.choices)
 
 
 def _assertion(error: BaseException) -> str:
@@ -171,7 +212,7 @@ class _Opaque(Exception):
     """Nobody can tell what state is in it."""
 
 
-_PLAIN = (int, str, bytes, bool, float, type(None), types.FunctionType, types.CodeType, types.BuiltinFunctionType, type)
+_PLAIN = (int, str, bytes, bool, float, type(None), types.CodeType, types.BuiltinFunctionType, type)
 _ITERATORS: list[Iterator[Any]] = [
     iter(range(1)), iter(range(1 << 70)), iter([]), iter(()), iter(""), iter(dict.fromkeys(())),
     reversed([]), enumerate([]), zip(),
@@ -182,13 +223,14 @@ _ITERATOR_TYPES = tuple(map(type, _ITERATORS))
 def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashable | None:
     """All that tells the state of a suspended generator from another of the same program; None: that can't be told.
 
-    The step that it has yielded belongs to it: `yield b.write((yield a.read()))` keeps the value nowhere else.
+    What it computed may be in the step that it has yielded, and nowhere else.
 
     The collector's view of a frame has what f_locals lacks: the interpreter's stack. (A `for` over a list is at a
     position there; `f((yield a), (yield b))` keeps the first result there.)
     """
-    parts: list[Hashable] = []
+    parts: list[Hashable] = [_shape(step)]
     try:
+        parts += [_freeze(step.do), _freeze(step.when)]
         inner: Any = generator
         while inner is not None:
             if not isinstance(inner, types.GeneratorType):
@@ -204,20 +246,9 @@ def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashabl
                 _freeze(value) for value in gc.get_referents(inner) if not any(value is each for each in known)
             )
             inner = delegate
-        parts += (step.kind, step.reads, step.writes, step.choices, _freeze_code(step.do), _freeze_code(step.when))
     except (_Opaque, RecursionError):
         return None
     return tuple(parts)
-
-
-def _freeze_code(value: Any) -> Hashable:
-    """A function by what it does: its code, and the values that it was made with."""
-    if isinstance(value, types.MethodType):
-        return (value.__func__, _freeze(value.__self__))
-    if not isinstance(value, types.FunctionType):
-        return _freeze(value)
-    made_with = (*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ()))
-    return (value.__code__, *map(_freeze_code, made_with))
 
 
 def _freeze(value: Any) -> Hashable:
@@ -231,6 +262,13 @@ def _freeze(value: Any) -> Hashable:
         return (dict, *((_freeze(key), _freeze(entry)) for key, entry in value.items()))
     if isinstance(value, _ITERATOR_TYPES):
         return (type(value), _freeze(value.__reduce__()[1:]))
+    if isinstance(value, types.FunctionType):
+        if vars(value):
+            raise _Opaque
+        kept = (value.__closure__, value.__defaults__, value.__kwdefaults__)
+        return (value.__code__, value.__module__, *map(_freeze, kept))
+    if isinstance(value, types.MethodType):
+        return (types.MethodType, _freeze(value.__func__), _freeze(value.__self__))
     if isinstance(value, types.CellType):
         try:
             return ("cell", _freeze(value.cell_contents))

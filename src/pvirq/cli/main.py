@@ -13,6 +13,7 @@ import pvirq
 from pvirq.cli.boot import boot, restore
 from pvirq.cli.cache import cache, fetch
 from pvirq.cli.campaign import campaign
+from pvirq.cli.check import check
 from pvirq.cli.faults import faults
 from pvirq.cli.inspect import diff, explain, export, parse
 from pvirq.cli.inspect_top import top
@@ -47,6 +48,7 @@ cli.add_command(boot)
 cli.add_command(restore)
 cli.add_command(model)
 cli.add_command(campaign)
+cli.add_command(check)
 cli.add_command(faults)
 cli.add_command(replay)
 cli.add_command(trace)
@@ -103,16 +105,18 @@ def invoke(args: list[str], invocation: Invocation) -> object:
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    """What a wrong kernel, initrd, option, scenario or cache raises."""
+    """What a wrong kernel, initrd, option, scenario, cache, table or model raises."""
+    from pvirq.check.guided import ScheduleError
+    from pvirq.check.load import CheckError
+    from pvirq.check.schedulefile import ScheduleFileError
+    from pvirq.check.threads import ModelError
+    from pvirq.inspect.source import InspectError
     from pvirq.lab.campaign.spec import CampaignError
     from pvirq.lab.faults.values import FaultError
     from pvirq.lab.replay import RecordedError
     from pvirq.lab.traceview.perfetto import PerfettoError
     from pvirq.lab.traceview.plot import PlotError
     from pvirq.lab.traceview.tracefile import TraceFileError
-
-    """What a wrong kernel, initrd, option, scenario, cache or table raises."""
-    from pvirq.inspect.source import InspectError
     from pvirq.net.outside import OutsideError
     from pvirq.pv.restore import RestoreError
     from pvirq.scenario.schema import ScenarioError
@@ -132,6 +136,10 @@ def _bad_input() -> tuple[type[Exception], ...]:
         FetchError,
         CpioError,
         CampaignError,
+        CheckError,
+        ModelError,
+        ScheduleError,
+        ScheduleFileError,
         ScenarioError,
         ConfigError,
         FaultError,
