@@ -6,25 +6,31 @@ from pvirq.check.protocols import fifo as xen
 from pvirq.check.protocols import fifo_linux as linux
 from pvirq.check.protocols.fifo_setup import add_page_to_event_array
 from pvirq.check.race import Race
-from pvirq.check.steps import End, Model
+from pvirq.check.steps import Model, Thread
+from pvirq.xen.evtchn_fifo import PENDING
+
+UNHEARD = "lost event: port 1 was raised, and the guest never hears of it"
 
 
 def model(fault: bool) -> Model:
     model = Model()
-    fifo = xen.Fifo(model, ports=2, late_array=True)
-    handled = model.array("handled", 3)
+    fifo = xen.Fifo(model, ports=1, late_array=True)
+    work, done = model.var("work"), model.var("done")
 
-    def unheard(end: End) -> str | None:
-        for port in fifo.ports:
-            if not end[handled[port]]:
-                return f"lost event: port {port} was raised once, and the guest never hears of it"
-        return None
+    def sender() -> Thread:
+        yield work.add(1)
+        yield from xen.send(fifo, 1, second_look=not fault)
+
+    def handle(port: int) -> Thread:
+        yield fifo.word[port].update(lambda value: value & ~PENDING, f"acknowledges port {port}")
+        seen = yield work.read()
+        yield done.write(seen)
 
     model.thread("hypercall", partial(add_page_to_event_array, fifo, second_look=not fault))
-    for port in fifo.ports:
-        model.thread(f"sender of {port}", partial(xen.send, fifo, port, second_look=not fault))
-    model.thread("guest", linux.idle, fifo, 0, linux.counting(fifo, handled), may_wait=True)
-    model.at_end(unheard)
+    model.thread("sender", sender)
+    model.thread("another", sender)
+    model.thread("guest", linux.idle, fifo, 0, handle, may_wait=True)
+    model.at_end(lambda end: UNHEARD if end[done] != end[work] else None)
     model.at_end(fifo.stuck)
     return model
 
