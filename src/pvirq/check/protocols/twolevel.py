@@ -157,9 +157,7 @@ def clear_evtchn(info: SharedInfo, port: int) -> Thread:
     yield info.pending[word].clear_bit(bit).saying(f"clears the pending bit of port {port}")
 
 
-def unmask_evtchn(
-    info: SharedInfo, port: int, cpu: int, cpu_from_evtchn: int, *, look_first: bool = False
-) -> Thread:
+def unmask_evtchn(info: SharedInfo, port: int, cpu: int, cpu_from_evtchn: int, *, look_first: bool = False) -> Thread:
     """evtchn_2l_unmask of a PV guest, on `cpu`: in place, or by Xen if the port is another CPU's. Linux 3.7 and 3.8
     looked whether the port is pending before they unmasked it (`look_first`)."""
     if cpu != cpu_from_evtchn:

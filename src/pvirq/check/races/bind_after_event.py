@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pvirq.check.protocols.upcall import cpu_events, lowest_first, return_to_guest
 from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, shared_info
+from pvirq.check.protocols.upcall import cpu_events, lowest_first, return_to_guest
 from pvirq.check.race import Race
 from pvirq.check.steps import End, Model, Thread, Var
 
@@ -52,8 +52,6 @@ def zephyr(*, missed: bool, locked: bool) -> Model:
     model.thread("guest", guest, may_wait=True)
     model.at_end(lambda end: _judge(end, channel))
     return model
-
-
 
 
 class Channel:
@@ -107,5 +105,6 @@ RACE = Race(
         "bind_event_channel() goes there: the pending bit is cleared, and nothing is left of the event. With the cure "
         "empty_callback() notes it, and who binds a handler asks for what was missed."
     ),
+    # The other fault of bind_event_channel() is "bound-in-halves".
     model=lambda fault: zephyr(missed=not fault, locked=True),
 )

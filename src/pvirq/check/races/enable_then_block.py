@@ -59,8 +59,6 @@ def _guest(info: SharedInfo, events: CpuEvents, runnable: Var, fault: bool) -> T
         yield vcpu.upcall_mask.write(1).saying("turns events off")
 
 
-
-
 RACE = Race(
     name="enable-then-block",
     title="events are let in, and then the vCPU blocks, in two steps",

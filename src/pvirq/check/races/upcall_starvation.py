@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from operator import le
 
 from pvirq.check.protocols.twolevel import SharedInfo, clear_evtchn, evtchn_send, shared_info
 from pvirq.check.protocols.upcall import CpuEvents, Handle, cpu_events, cpu_loop, lowest_first, round_robin
@@ -56,7 +58,7 @@ def model(fault: bool) -> Model:
 
 def _busy(info: SharedInfo, served: Var) -> Thread:
     for number in range(ANSWERS):
-        yield served.wait(lambda count, number=number: count >= number).saying("waits until its last event is served")
+        yield served.wait(partial(le, number)).saying("waits until its last event is served")
         yield from evtchn_send(info, BUSY)
 
 
