@@ -205,7 +205,7 @@ class _Opaque(Exception):
     """Nobody can tell what state is in it."""
 
 
-_PLAIN = (int, str, bytes, bool, float, type(None), types.FunctionType, types.CodeType, types.BuiltinFunctionType, type)
+_PLAIN = (int, str, bytes, bool, float, type(None), types.CodeType, types.BuiltinFunctionType, type)
 _ITERATORS: list[Iterator[Any]] = [
     iter(range(1)), iter(range(1 << 70)), iter([]), iter(()), iter(""), iter(dict.fromkeys(())),
     reversed([]), enumerate([]), zip(),
@@ -257,6 +257,12 @@ def _freeze_code(value: Any) -> Hashable:
 def _freeze(value: Any) -> Hashable:
     if isinstance(value, _PLAIN):
         return (type(value), value) if isinstance(value, (bool, float)) else value
+    if isinstance(value, types.FunctionType):
+        # One that the thread itself defines is another at each run, and the same function.
+        if value.__closure__ is None and value.__defaults__ is None and value.__kwdefaults__ is None:
+            return value.__code__
+        parts = value.__defaults__, value.__kwdefaults__, value.__closure__
+        return (value.__code__, *map(_freeze, parts))
     if isinstance(value, (list, tuple)):
         return (type(value), *map(_freeze, value))
     if isinstance(value, (set, frozenset)):
