@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,6 +22,7 @@ from pvirq.hostfile import HostFileError
 from pvirq.toolstack import modules
 from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
+from pvirq.toolstack.savefile import SaveFileError
 
 FRONTENDS = ["xen-blkfront", "xen-netfront"]
 
@@ -64,6 +70,117 @@ def test_two_guests_with_their_disks(kernel_cloud: KernelChoice, busybox: Path, 
         assert image.read_bytes()[:3] == b"c1\n"
         # They are on their bridge again, and find each other.
         assert second.run("ping -c 3 -W 2 10.0.0.1 > /tmp/log || (cat /tmp/log; exit 1)", 120).status == 0
+
+
+@pytest.fixture(scope="module")
+def saved(kernel_cloud: KernelChoice, busybox: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A file with a guest that has some megabytes in it, and their checksum."""
+    path = tmp_path_factory.mktemp("saved") / "host"
+    with Host() as host:
+        guest = host.boot(
+            kernel_cloud.path, initrd=default_initrd(busybox), append="console=hvc0 quiet pvirq=agent", memory=96 << 20
+        )
+        text = guest.run("dd if=/dev/urandom of=/data bs=1M count=12 2>/dev/null; md5sum /data").text
+        pvirq.save_host(host, path)
+    return path, text
+
+
+@pytest.mark.boot
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_file_is_replaced_under_its_host(saved: tuple[Path, str], tmp_path: Path, mapped: bool) -> None:
+    """Its guest's memory may be in the file that it is saved to again."""
+    path = tmp_path / "host"
+    path.symlink_to(tmp_path / "file")
+    shutil.copy(saved[0], path)
+    with pvirq.restore_host(path, mapped=mapped) as host:
+        (guest,) = host.guests
+        assert (host.hypervisor.machine.mapped_frames() > 8192) == mapped
+        guest.run("echo more > /more")
+        pvirq.save_host(host, path, checkpoint=True)
+        with open(tmp_path / "other", "wb") as file:
+            pvirq.save_host(host, file, checkpoint=True)
+        assert guest.run("md5sum /data; cat /more").text == saved[1] + "more\n"
+        host.destroy(guest)
+        assert host.hypervisor.machine.mapped_frames() == 0
+    assert path.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["file", "host", "other"]
+    for name in ("file", "other"):
+        with pvirq.restore_host(tmp_path / name) as host:
+            assert host.hypervisor.machine.mapped_frames() > 8192
+            os.unlink(tmp_path / name)
+            assert host.guests[0].run("md5sum /data; cat /more").text == saved[1] + "more\n"
+
+
+@pytest.mark.boot
+def test_the_same_mapped_or_copied(saved: tuple[Path, str]) -> None:
+    digests = set()
+    for file in (saved[0], saved[0].open("rb"), io.BytesIO(saved[0].read_bytes())):
+        for mapped in (True, False):
+            with pvirq.restore_host(file, seed=3, mapped=mapped) as host:
+                (guest,) = host.guests
+                assert guest.run("md5sum /data").text == saved[1]
+                digests.add(host.hypervisor.machine.digest(guest.domain.domid))
+        if not isinstance(file, Path):
+            file.close()
+    assert len(digests) == 1
+
+
+@pytest.mark.boot
+def test_a_guest_in_it_is_a_file_of_its_own(saved: tuple[Path, str], tmp_path: Path) -> None:
+    """As `xl save` writes it, with its pages at boundaries of pages, so that it can be mapped."""
+    with zipfile.ZipFile(saved[0]) as archive:
+        archive.extract("guests/0", tmp_path)
+        assert archive.testzip() is None
+    with Host() as host:
+        guest = host.restore(tmp_path / "guests/0")
+        assert host.hypervisor.machine.mapped_frames() == 0
+        assert guest.run("md5sum /data").text == saved[1]
+
+
+@pytest.mark.boot
+def test_files_cut_short(saved: tuple[Path, str], tmp_path: Path) -> None:
+    """At the end, or in the middle, where only the guest's own format tells."""
+    data = saved[0].read_bytes()
+    path = tmp_path / "host"
+    for cut in (data[: len(data) // 2], data[:-30], data[:5000] + data[1 << 20 :]):
+        path.write_bytes(cut)
+        with pytest.raises((HostFileError, SaveFileError)) as caught:
+            pvirq.restore_host(path)
+        assert "\n" not in str(caught.value)
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(saved[0]) as whole:
+        archive.writestr("host.json", whole.read("host.json"))
+        archive.writestr("devices/0", b"")
+        archive.writestr("guests/0", whole.read("guests/0")[:-5000])
+    with pytest.raises(SaveFileError):
+        pvirq.restore_host(path)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays, and nothing else does."""
+    path = tmp_path / "host"
+    path.write_text("before")
+    with Host() as host:
+        with monkeypatch.context() as patched:
+            patched.setattr(zipfile.ZipFile, "writestr", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+            with pytest.raises(OSError, match="No space"):
+                pvirq.save_host(host, path)
+        assert path.read_text() == "before"
+        assert os.listdir(tmp_path) == ["host"]
+        with pytest.raises(FileNotFoundError) as caught:
+            pvirq.save_host(host, tmp_path / "no" / "file")
+        assert caught.value.filename == str(tmp_path / "no" / "file")
+
+
+def test_into_a_pipe(tmp_path: Path) -> None:
+    """It stays one: only a file is replaced."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as other:
+        received = other.submit((tmp_path / "pipe").read_bytes)
+        pvirq.save_host(Host(wallclock=5e8), tmp_path / "pipe")
+        file = io.BytesIO(received.result())
+    assert (tmp_path / "pipe").is_fifo()
+    with pvirq.restore_host(file) as host:
+        assert host.wallclock() == pytest.approx(5e8, abs=10)
 
 
 def test_without_guests() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvirq.abi.errno import Errno, XenError
@@ -131,6 +132,100 @@ def test_frames_are_neither_lost_nor_given_twice(seed: int, steps: int) -> None:
     assert machine.alloc(machine.frames - machine.m2p_mfn - len(machine.m2p) * 8 // 4096, 1)
     assert int(np.count_nonzero(machine.np_owner == DOMID_INVALID)) - FIRST_MFN < free_at_first
     machine.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "pages"
+    path.write_bytes(b"".join(page.to_bytes(8, "little") * 512 for page in range(1, 2049)))
+    descriptor = os.open(path, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def first_words(machine: Machine, mfn: int, count: int) -> list[int]:
+    return machine.np_u64[mfn << 9 : (mfn + count) << 9 : 512].tolist()
+
+
+def test_frames_from_a_file_are_copied_when_written(file: int) -> None:
+    machine = Machine(64 << 20)
+    mfn, other, copied = (machine.alloc(2048, owner) for owner in (1, 2, 3))
+    machine.map_file(mfn, 2048, file, 0)
+    machine.map_file(other, 1024, file, 1024 << 12)
+    machine.read_file(copied, 2048, file, 0)
+    assert machine.mapped_frames() == 3072
+    assert first_words(machine, mfn, 2048) == first_words(machine, copied, 2048) == list(range(1, 2049))
+    assert first_words(machine, other, 2048) == [*range(1025, 2049), *[0] * 1024]
+    assert machine.digest(1)
+    machine.mem[mfn + 1500 << 12] = 0xFF
+    assert machine.u64[mfn + 1500 << 9] == 1501 & ~0xFF | 0xFF
+    assert machine.u64[other + 1500 - 1024 << 9] == machine.u64[copied + 1500 << 9] == 1501
+    assert os.pread(file, 8, 1500 << 12) == (1501).to_bytes(8, "little")
+    machine.close()
+
+
+def test_what_cannot_be_mapped_or_read(file: int) -> None:
+    machine = Machine(64 << 20)
+    mfn = machine.alloc(2048, 1)
+    machine.u64[mfn << 9] = 5
+    with pytest.raises(OSError, match="Invalid argument"):
+        machine.map_file(mfn, 1, file, 100)
+    reading, writing = os.pipe()
+    with pytest.raises(OSError, match="No such device"):
+        machine.map_file(mfn, 512, reading, 0)
+    os.close(reading), os.close(writing)
+    with pytest.raises(OSError, match="become shorter"):
+        machine.read_file(mfn + 1, 2, file, 2047 << 12)
+    assert machine.u64[mfn << 9] == 5
+    assert machine.mapped_frames() == 0
+    machine.close()
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2047), st.integers(1, 700)), max_size=12), st.randoms(use_true_random=False))
+def test_freed_frames_of_a_file_come_back_empty(
+    file: int, pieces: list[tuple[int, int]], random: random.Random
+) -> None:
+    """However they are given back: nothing of the file is left in them, and what stays is as it was."""
+    machine = Machine(64 << 20)
+    mfn = machine.alloc(2048, 1)
+    machine.map_file(mfn, 2048, file, 0)
+    expected = list(range(1, 2049))
+    for first, count in pieces:
+        first, end = mfn + first, mfn + min(first + count, 2048)
+        while first < end:  # those that are still its own
+            length = next((i for i in range(end - first) if machine.owner[first + i] != 1), end - first)
+            if length:
+                if random.random() < 0.5:
+                    machine.mem[first << 12] = 0xFF
+                machine.free(first, length)
+                expected[first - mfn : first - mfn + length] = [0] * length
+            first += length + 1
+        assert first_words(machine, mfn, 2048) == expected
+    machine.free_all_of(1)
+    assert machine.mapped_frames() == 0
+    assert machine.alloc(2048, 2) == mfn
+    assert not machine.np_u64[mfn << 9 : (mfn + 2048) << 9].any()
+    machine.close()
+
+
+def test_frames_given_back_one_by_one_need_no_mappings(file: int) -> None:
+    """As a guest's balloon does it, every other frame: a process can have only so many mappings."""
+    machine = Machine(64 << 20)
+    mfn = machine.alloc(2048, 1)
+    machine.map_file(mfn, 2048, file, 0)
+    before = mappings()
+    for frame in range(mfn, mfn + 2048, 2):
+        machine.free(frame)
+    assert mappings() - before < 10
+    assert first_words(machine, mfn, 4) == [0, 2, 0, 4]
+    machine.free_all_of(1)
+    assert machine.mapped_frames() == 0
+    machine.close()
+
+
+def mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_close_with_views_held_frees_the_memory_all_the_same() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from image_builder import build_elf
@@ -14,6 +15,7 @@ from pvirq import Guest, GuestError, Host
 from pvirq.pv import save
 from pvirq.pv.restore import RestoreError
 from pvirq.pv.save import SaveError
+from pvirq.pv.saved_pages import MemoryPages
 from pvirq.toolstack import savefile
 from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
@@ -162,9 +164,10 @@ def test_damaged_files(host: Host, image: bytes) -> None:
         elif damage == "p2m":
             saved.p2m_frames[0] = saved.max_pfn + 1
         else:
-            saved.data = saved.data.copy()
+            data = np.concatenate([pages.array() for pages in saved.data])
             row = int((saved.types[saved.rows] == 1).argmax())
-            saved.data[row, 0] = (saved.max_pfn + 1) << 12 | 1
+            data[row, 0] = (saved.max_pfn + 1) << 12 | 1
+            saved.data = [MemoryPages(data)]
         saved.vcpus[0].context = bytes(state)
         file = io.BytesIO()
         savefile.write(file, config, saved)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.xen import PAGE_SHIFT, VIRQ_DOM_EXC
@@ -192,7 +192,7 @@ class Host(RunLoop):
         guest.suspend()
         try:
             saved = save.save(guest.machine)
-            with _opened(file, "wb") as out:
+            with savefile.replaced(file) as out:
                 savefile.write(out, guest.config, saved)
         except BaseException:
             guest.resume()
@@ -207,7 +207,7 @@ class Host(RunLoop):
 
         Its devices are attached anew, as its configuration says. SaveFileError, RestoreError, BuildError; OSError.
         """
-        with _opened(file, "rb") as source:
+        with _opened(file) as source:
             config, saved = savefile.read(source)
         if name is not None:
             config.name = name
@@ -550,10 +550,10 @@ def _path(source: object) -> str:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
 
 
-def _opened(file: str | os.PathLike[str] | BinaryIO, mode: str) -> AbstractContextManager[BinaryIO]:
+def _opened(file: str | os.PathLike[str] | BinaryIO) -> AbstractContextManager[BinaryIO]:
     """A file by name, to be closed; one that is open stays open."""
     if isinstance(file, (str, os.PathLike)):
-        return cast(BinaryIO, open(file, mode))
+        return open(file, "rb")
     return nullcontext(file)
 
 

@@ -5,7 +5,8 @@ guests are restored into it. So all guests have to be ones that suspend: a model
 object, can't be saved.
 
 The file is a zip: host.json, guests/NUMBER as `xl save` writes them, devices/NUMBER with those pieces of a disk that
-aren't all zeros; host.json says which they are.
+aren't all zeros; host.json says which they are. A guest's pages begin where pages of the file do, and are mapped from
+there when the host is restored: each is read when the guest first needs it, and copied when it first writes to it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final, cast
 
+from pvirq.abi.xen import PAGE_SIZE
 from pvirq.drivers.blockstore import SECTOR, BlockStore, MemoryStore
 from pvirq.guest import Guest
 from pvirq.hardware.device import HardwareError
@@ -29,8 +31,11 @@ from pvirq.toolstack import savefile
 FORMAT: Final = "pvirq host 1"
 PIECE_SECTORS: Final = (1 << 20) // SECTOR
 ZEROS: Final = bytes(PIECE_SECTORS * SECTOR)
-# A guest's pages are stored as they are, so that restoring them takes no time.
 LOCAL_HEADER: Final = struct.Struct("<26xHH")  # of a member: the lengths of its name and extra field at its end
+ZIP64_EXTRA: Final = 20  # bytes that zipfile puts into that field
+# An extra field as Android's zipalign has: its tag, the bytes that follow, the alignment; then zeros.
+ALIGNMENT_EXTRA: Final = struct.Struct("<HHH")
+ALIGNMENT_TAG: Final = 0xD935
 COMPRESSION: Final = {"guests": zipfile.ZIP_STORED, "devices": zipfile.ZIP_DEFLATED}
 
 
@@ -40,6 +45,8 @@ class HostFileError(Exception):
 
 def save_host(host: Host, file: str | os.PathLike[str] | BinaryIO, *, checkpoint: bool = False) -> None:
     """Suspend all guests, write the host to a file and close it; with `checkpoint` it goes on.
+
+    A file by name appears when it is whole; one that was there is replaced, not changed.
 
     HostFileError for a host with modelled guests, or whose domain 0 is none of those known by name; GuestError,
     SaveError and OSError as `Host.save`. Then the host goes on.
@@ -53,7 +60,7 @@ def save_host(host: Host, file: str | os.PathLike[str] | BinaryIO, *, checkpoint
         for guest in host.guests:
             guest.suspend()
             suspended.append(guest)
-        with zipfile.ZipFile(file, "w") as archive:
+        with savefile.replaced(file) as new, zipfile.ZipFile(new, "w") as archive:
             _write(host, archive)
     except BaseException:
         for guest in suspended:
@@ -80,7 +87,7 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
         devices.append({"name": name, "sectors": store.sectors, "hardware": hardware, "written": written})
     for number, guest in enumerate(host.guests):
         with _member(archive, "guests", number) as member:
-            savefile.write(member, guest.config, save.save(guest.machine))
+            savefile.write(member, guest.config, save.save(guest.machine), aligned=True)
     about = {
         "format": FORMAT, "wallclock": host.wallclock(), "engine": host.engine_name,
         "dom0_vcpus": len(host.dom0.domain.vcpus), "dom0_kernel": host.dom0_kernel, "hardware": host.hardware,
@@ -91,17 +98,23 @@ def _write(host: Host, archive: zipfile.ZipFile) -> None:
 
 def restore_host(
     file: str | os.PathLike[str] | BinaryIO, *, prepare: Callable[[Host], None] | None = None,
-    seed: int | Schedule | None = None,
+    seed: int | Schedule | None = None, mapped: bool = True,
 ) -> Host:  # fmt: skip
     """The host from such a file, to be closed by the caller; its guests go on when it next runs.
 
     With a `seed` it goes on in a repeatable run (see `Host`).
+
+    While the host lives its guests' memory is `mapped` from the file, as far as it wasn't written: many hosts share it.
+    So the file may be removed or replaced by another, but not changed in place: what is cut off would end the process
+    (SIGBUS). Otherwise all of it is copied first.
 
     What isn't in the file but was on its network (a station, a way out) is put there by `prepare`, before the guests.
     HostFileError, SaveFileError and what `Host.restore` raises; OSError.
     """
     try:
         with zipfile.ZipFile(file) as archive:
+            if any(info.header_offset < 0 for info in archive.infolist()):
+                raise zipfile.BadZipFile("something is missing in the middle")
             about = json.loads(archive.read("host.json"))
             if not isinstance(about, dict) or about.get("format") != FORMAT:
                 raise HostFileError(f"not a saved host of this version ({FORMAT})")
@@ -110,7 +123,7 @@ def restore_host(
                 hardware=about["hardware"], wallclock=about["wallclock"], seed=seed,
             )  # fmt: skip
             try:
-                _fill(host, archive, about, prepare)
+                _fill(host, archive, about, prepare, mapped)
             except BaseException:
                 host.close()
                 raise
@@ -119,7 +132,9 @@ def restore_host(
         raise HostFileError(f"no file of a saved host, or a damaged one: {error}") from None
 
 
-def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: Callable[[Host], None] | None) -> None:
+def _fill(
+    host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: Callable[[Host], None] | None, mapped: bool
+) -> None:
     for bridge in about["bridges"]:
         host.backends.network.need_bridge(bridge)
     for number, device in enumerate(about["devices"]):
@@ -140,14 +155,13 @@ def _fill(host: Host, archive: zipfile.ZipFile, about: dict[str, Any], prepare: 
     if prepare is not None:
         prepare(host)
     for number in range(about["guests"]):
-        host.restore(_stored(archive, f"guests/{number}"))
+        host.revive(*savefile.read(_stored(archive, f"guests/{number}"), mapped=mapped))
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> BinaryIO:
     """The archive's file, where a member begins that is stored as it is.
 
-    Reading it by way of `zipfile` copies each page twice more, and sums it up: half of the time in which a guest is
-    restored. Its own format says where it ends.
+    By way of `zipfile` it can only be copied, and is summed up. Its own format says where it ends.
     """
     info, file = archive.getinfo(name), archive.fp
     if file is None or info.compress_type != zipfile.ZIP_STORED:
@@ -162,9 +176,13 @@ def _stored(archive: zipfile.ZipFile, name: str) -> BinaryIO:
 
 
 def _member(archive: zipfile.ZipFile, kind: str, number: int) -> Any:
-    """A new member, to be written."""
+    """A new member, to be written. What is stored as it is begins where a page of the file does."""
     info = zipfile.ZipInfo(f"{kind}/{number}")
     info.compress_type = COMPRESSION[kind]
+    if info.compress_type == zipfile.ZIP_STORED and archive.fp is not None:
+        header = LOCAL_HEADER.size + len(info.filename) + ZIP64_EXTRA + ALIGNMENT_EXTRA.size
+        padding = -(archive.fp.tell() + header) % PAGE_SIZE
+        info.extra = ALIGNMENT_EXTRA.pack(ALIGNMENT_TAG, 2 + padding, PAGE_SIZE) + bytes(padding)
     return archive.open(info, "w", force_zip64=True)
 
 

@@ -52,6 +52,7 @@ REC_STATIC_DATA_END: Final = 0x10
 REC_X86_CPUID_POLICY: Final = 0x11
 REC_X86_MSR_POLICY: Final = 0x12
 REC_OPTIONAL: Final = 0x8000_0000  # a reader that doesn't know the record goes on
+REC_PADDING: Final = REC_OPTIONAL | 0x7076_6972  # no record of Xen's: zeros, up to where pages begin
 
 PAGE_DATA_HEADER: Final = struct.Struct(
     "<II"

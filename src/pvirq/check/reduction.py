@@ -10,8 +10,9 @@ depend on that are left in another order too.
 
 What makes it narrow:
 
-- What a step touches is judged by what it does where it is taken: one that changes nothing has only read. That is right
-  because moves that are independent of it can't change what it reads, so it does the same in each order.
+- Of the earlier of two moves counts what it does where it is taken: one that changes nothing has only read. That is
+  right because moves that are independent of it can't change what it reads, so it does the same after them. Of the
+  later one counts all that it may do, as it may do something else where it comes first.
 - A race is looked for when a move is taken. A process that can't go on is looked at whenever what it waits for has
   changed: it could perhaps go on before that.
 - Of the earlier moves that an access races only the latest count, those that happened before no other one: if those are
@@ -207,7 +208,7 @@ class Reduced:
                     enabled |= 1 << each
                 else:
                     enabled &= ~(1 << each)
-                    if edge.touch.things:
+                    if edge.touch.may:
                         self._waits(each, edge.touch)
         if system.buffers:
             looking = self.looking.get(mask)
@@ -234,7 +235,7 @@ class Reduced:
             bit = waiting & -waiting
             waiting ^= bit
             touch = edges[bit.bit_length() - 1].touch
-            if touch.things:
+            if touch.may:
                 summary |= (touch.compiled or self._compile(touch)).bits
         if not enabled:
             self.way.append(_Level(state, edges, 0, summary, 0))
@@ -245,7 +246,7 @@ class Reduced:
         while left:
             bit = left & -left
             left ^= bit
-            if not edges[bit.bit_length() - 1].touch.things:
+            if not edges[bit.bit_length() - 1].touch.may:
                 first = bit.bit_length() - 1
                 break
         self.way.append(_Level(state, edges, enabled, summary, 1 << first))
@@ -388,12 +389,12 @@ class Reduced:
     def _compile(self, touch: Touch) -> _Compiled:
         system = self.system
         writer, reader = touch.held
-        for thing, mode in touch.things:
+        for thing, mode in touch.may:
             # Who is to take a lock comes after all that is done while others hold it.
             writer |= (mode is Mode.TAKE) << thing
             reader |= (mode is Mode.SHARE) << thing
         thread = self._thread(touch) if writer | reader else -1
-        checks = [self._kind(thing, (mode, writer, reader, thread)) for thing, mode in touch.things]
+        checks = [self._kind(thing, (mode, writer, reader, thread)) for thing, mode in touch.may]
         after: list[int] = []
         sets: list[int] = []
         joins: list[int] = []
@@ -411,7 +412,7 @@ class Reduced:
             else:
                 after += [read, shared] if lock else [read]
                 sets.append(changed)
-            marks += [index for index, kind in self.kinds[thing] if self._races(kind, mode, touch)]
+            marks += [index for index, kind in self.kinds.get(thing, ()) if self._races(kind, mode, touch)]
         stores, drained = system.processes, system.processes + system.threads
         compiled = _Compiled()
         compiled.push = stores + touch.process if touch.push else -1

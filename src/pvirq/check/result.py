@@ -34,6 +34,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class RandomResult:
+    """What random runs found. `chance`: how likely each of them was, at least, to meet a bug of this depth."""
+
+    failure: Failure | None
+    seed: int | None  # of the run that failed
+    runs: int
+    steps: int  # moves taken
+    longest: int  # moves of the longest run
+    depth: int
+    chance: float
+    unfinished: int = 0  # runs cut off: they go on and on
+    complete: bool = False  # never: there may be other schedules
+
+
+@dataclass(frozen=True)
 class Watch:
     """Who is told of a search, and when it stops."""
 

@@ -50,15 +50,17 @@ class Touch:
     """What a move touches: the things that moves can depend on each other by, each with its mode.
 
     A thing is a variable, an invariant (moves that change what it looks at depend on each other), what a thread's own
-    loads see of its buffer, or what a thread remembers of old values.
+    loads see of its buffer, or what a thread remembers of old values. `things` is what it does touch where it is taken,
+    `may` what it may touch elsewhere.
     """
 
-    __slots__ = ("compiled", "fence", "held", "pop", "process", "push", "things")
+    __slots__ = ("compiled", "fence", "held", "may", "pop", "process", "push", "things")
 
     def __init__(
         self,
         process: int,
         things: tuple[tuple[int, Mode], ...],
+        may: tuple[tuple[int, Mode], ...],
         held: Held,
         push: bool,
         pop: tuple[int, int, int] | None,
@@ -66,6 +68,7 @@ class Touch:
     ) -> None:
         self.process = process
         self.things = things
+        self.may = may
         self.held = held
         self.push = push  # into its buffer
         self.pop = pop  # out of a buffer: the thread, the position, how many barriers go with it
@@ -106,7 +109,7 @@ class System:
         for variable, found in zip(model.variables, self._invariants, strict=True):
             self.watched |= bool(found) << self.threads + variable.index
         self.extra = self.variables + len(model.invariants)  # things from here on are the order's
-        self.ended = Edge((), self.touch(0, {}))
+        self.ended = Edge((), self.touch(0, {}, {}))
         self._order = {"sc": Sequential, "tso": Tso, "weak": Weak}[model.order](self)
         self.buffers = self._order.buffers
         self.automata = [ThreadAutomaton(program, slot, self._prepare) for slot, program in enumerate(model.programs)]
@@ -165,6 +168,7 @@ class System:
         self,
         process: int,
         things: dict[int, Mode],
+        may: dict[int, Mode],
         held: Held = (0, 0),
         *,
         push: bool = False,
@@ -172,7 +176,7 @@ class System:
         fence: bool = False,
     ) -> Touch:
         held = held[0] & ~self.wild, held[1] & ~self.wild
-        key = process, tuple(sorted(things.items())), held, push, pop, fence
+        key = process, tuple(sorted(things.items())), tuple(sorted(may.items())), held, push, pop, fence
         touch = self._touches.get(key)
         if touch is None:
             touch = self._touches[key] = Touch(*key)
@@ -360,7 +364,7 @@ class Sequential:
         outcome = place.outcome(tuple([state[self.base + variable.index] for variable in step.reads]))
         touch = self.system.touch
         if outcome is None:
-            return Edge((), touch(thread, self.system.things(step, []), place.held))
+            return Edge((), touch(thread, {}, self._may(thread, step), place.held))
         new, nexts = outcome
         self.system.tamed(place, step, state, new)
         changed = [
@@ -371,7 +375,11 @@ class Sequential:
         changes = list(also)
         for index, value in changed:
             changes += self._commit(state, thread, index, value, things)
-        return Edge(_moves(thread, tuple(changes), nexts), touch(thread, things, place.held, fence=fence))
+        may = self._may(thread, step)
+        return Edge(_moves(thread, tuple(changes), nexts), touch(thread, things, may, place.held, fence=fence))
+
+    def _may(self, thread: int, step: Step) -> dict[int, Mode]:
+        return self.system.things(step, [variable.index for variable in step.writes])
 
     def _commit(self, state: State, thread: int, index: int, value: Any, things: dict[int, Mode]) -> Changes:
         """A store is seen by all."""
@@ -417,7 +425,7 @@ class Tso(Sequential):
         if kind in (Kind.LOCAL, Kind.WMB, Kind.RMB):
             return self._now(state, thread, ())
         if state[self.stores + thread]:
-            return Edge((), self.system.touch(thread, {}))
+            return Edge((), self.system.touch(thread, {}, {}))
         return self._now(state, thread, (), fence=True)
 
     def _own(self, thread: int, index: int) -> int:
@@ -427,10 +435,14 @@ class Tso(Sequential):
     def _load(self, state: State, thread: int) -> Edge:
         place: Place = state[thread]
         assert place.step is not None
-        value, thing = self._sees(state, thread, place.step.reads[0].index)
+        index = place.step.reads[0].index
+        value, thing = self._sees(state, thread, index)
         outcome = place.outcome((value,))
         moves = () if outcome is None else _moves(thread, (), outcome[1])
-        return Edge(moves, self.system.touch(thread, {thing: Mode.READ}, place.held))
+        return Edge(moves, self.system.touch(thread, {thing: Mode.READ}, self._look(thread, index), place.held))
+
+    def _look(self, thread: int, index: int) -> dict[int, Mode]:
+        return {index: Mode.READ, self._own(thread, index): Mode.READ}
 
     def loads(self, state: State, thread: int) -> list[Any]:
         return [self._sees(state, thread, state[thread].step.reads[0].index)[0]]
@@ -448,10 +460,12 @@ class Tso(Sequential):
         assert outcome is not None
         new, nexts = outcome
         self.system.tamed(place, step, state, new)
-        things = {own: Mode.READ} if release and self.system.wild >> index & 1 else {}
+        wild = release and self.system.wild >> index & 1
+        things, may = ({own: Mode.READ}, self._look(thread, index)) if wild else ({}, {})
         entry: Entry = (index, new[0], release, place.held) if new else None
         changes = ((self.stores + thread, (*stores, entry)),) if new else ()
-        return Edge(_moves(thread, changes, nexts), self.system.touch(thread, things, place.held, push=bool(new)))
+        touch = self.system.touch(thread, things, may, place.held, push=bool(new))
+        return Edge(_moves(thread, changes, nexts), touch)
 
     def _sees(self, state: State, thread: int, index: int) -> tuple[Any, int]:
         """The value that a thread sees of a variable, its own store's if there is one; and that as a thing."""
@@ -475,13 +489,18 @@ class Tso(Sequential):
         release = release and not self.system.wild >> index & 1
         things = {index: Mode.GIVE if release else Mode.WRITE, self._own(buffer.thread, index): Mode.WRITE}
         self.system.seen(things, [index])
+        may = things | self._memories(buffer.thread, index)
         changes = (
             *self._commit(state, buffer.thread, index, value, things), (buffer.slot, left[barriers:]),
         )  # fmt: skip
         mask = sum(1 << slot for slot in dict(changes))
         process = self.system.threads + self.buffers.index(buffer)
-        touch = self.system.touch(process, things, held, pop=(buffer.thread, position, barriers))
+        touch = self.system.touch(process, things, may, held, pop=(buffer.thread, position, barriers))
         return Edge(((changes, mask, None),), touch)
+
+    def _memories(self, thread: int, index: int) -> dict[int, Mode]:
+        """What a store to a variable adds to."""
+        return {}
 
     def _first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
         """The position of the store that may become visible; -1: there is none."""
@@ -544,21 +563,33 @@ class Weak(Tso):
             if not stores or stores[-1] is None:
                 return self._now(state, thread, ())
             edge = self._now(state, thread, ((self.stores + thread, (*stores, None)),))
-            return Edge(edge.moves, self.system.touch(thread, {}, push=True))
+            return Edge(edge.moves, self.system.touch(thread, {}, {}, push=True))
         if stores:
-            return Edge((), self.system.touch(thread, {}))
-        edge = self._now(state, thread, forgets, fence=True)
-        return self._forgetting(edge, thread) if edge.moves else edge
+            return Edge((), self.system.touch(thread, {}, {}))
+        return self._forgetting(self._now(state, thread, forgets, fence=True), thread)
+
+    def _may(self, thread: int, step: Step) -> dict[int, Mode]:
+        may = super()._may(thread, step)
+        for variable in step.writes:
+            may |= self._memories(thread, variable.index)
+        return may
 
     def _memory(self, thread: int) -> int:
         """The thing that stands for what a thread remembers."""
         return self.system.extra + self.system.threads * self.system.variables + thread
 
+    def _memories(self, thread: int, index: int) -> dict[int, Mode]:
+        if self.system.model.variables[index].coherent:
+            return {}
+        return {self._memory(other): Mode.READ for other in range(self.system.threads) if other != thread}
+
     def _forgetting(self, edge: Edge, thread: int) -> Edge:
         """What others store meanwhile isn't forgotten: it comes before or after."""
         touch = edge.touch
-        things = dict(touch.things) | {self._memory(thread): Mode.WRITE}
-        return Edge(edge.moves, self.system.touch(thread, things, touch.held, push=touch.push, fence=touch.fence))
+        own = {self._memory(thread): Mode.WRITE}
+        things, may = dict(touch.things), dict(touch.may)
+        touch = self.system.touch(thread, things | own, may | own, touch.held, push=touch.push, fence=touch.fence)
+        return Edge(edge.moves, touch)
 
     def _load(self, state: State, thread: int) -> Edge:
         newest = super()._load(state, thread)

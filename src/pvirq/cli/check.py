@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,9 +15,12 @@ import click
 from pvirq.cli.messages import Messages
 
 if TYPE_CHECKING:
-    from pvirq.check import Failure, Model, Result
+    from pvirq.check import Model
     from pvirq.check.guided import Moved
     from pvirq.check.load import Check
+    from pvirq.check.result import RandomResult, Result
+
+    Found = Result | RandomResult
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_INCOMPLETE: Final = 3
@@ -222,38 +226,77 @@ class _Session:
             self._print(check, result, wrong)
         return status
 
-    def _results(self) -> list[tuple[Check, Result]]:
-        from pvirq.check import explore
+    def _results(self) -> Iterator[tuple[Check, Found]]:
+        """What came of each check, in their order: a check a process, or a check's random runs shared out."""
+        from pvirq.check.parallel import cores, in_order
 
-        found = []
-        for check in self.checks:
-            self.messages.begin(f"searching {check.name}")
-            found.append(
-                (check, explore(self.ways.model(check), reduce=self.ways.reduce, max_states=self.ways.max_states,
-                                on_progress=lambda result: self.messages.tick(f"{result.states:,} states, ")))
-            )  # fmt: skip
+        jobs = min(self.ways.jobs or cores(), len(self.checks))
+        if self.ways.runs is not None:
+            yield from ((check, self._random(check)) for check in self.checks)
+        elif jobs == 1:
+            yield from ((check, self._search(check)) for check in self.checks)
+        else:
+            for check in self.checks:
+                self.ways.model(check)  # what is wrong with a file is said before anything is searched
+            done = 0
+            self.messages.begin("searching")
+            quiet = replace(self, messages=Messages(quiet=True))
+            tick = lambda: self.messages.tick(f"{done} of {len(self.checks)}, ")  # noqa: E731
+            for check, result in zip(self.checks, in_order(quiet._search, self.checks, jobs, tick), strict=True):
+                self.messages.clear()
+                yield check, result
+                done += 1
             self.messages.end()
+
+    def _search(self, check: Check) -> Found:
+        from pvirq.check import explore
+        from pvirq.check.shortest import shorten
+
+        self.messages.begin(f"searching {check.name}")
+        found = explore(
+            self.ways.model(check), reduce=self.ways.reduce, max_states=self.ways.max_states,
+            on_progress=lambda result: self.messages.tick(f"{result.states:,} states, "),
+        )  # fmt: skip
+        if found.failure is not None and self.pictures.wanted:
+            self.messages.begin(f"{check.name}: looking for the shortest schedule")
+            found = replace(found, failure=shorten(self.ways.model(check), found.failure))
+        self.messages.end()
         return found
 
-    def _judge(self, check: Check, result: Result) -> int:
-        """The exit status that a result makes."""
-        if check.fault:
-            return 0 if result.failure else EXIT_UNEXPECTED if result.complete else EXIT_INCOMPLETE
-        return EXIT_UNEXPECTED if result.failure else 0 if result.complete else EXIT_INCOMPLETE
+    def _random(self, check: Check) -> Found:
+        from pvirq.check.pct import pct
+        from pvirq.check.shortest import shorten
 
-    def _print(self, check: Check, result: Result, wrong: int) -> None:
+        self.messages.begin(f"running {check.name}")
+        assert self.ways.runs is not None
+        found = pct(
+            lambda: self.ways.model(check), depth=self.ways.depth, runs=self.ways.runs, seed=self.ways.seed,
+            jobs=self.ways.jobs, on_progress=lambda runs: self.messages.tick(f"{runs:,} schedules, "),
+        )  # fmt: skip
+        if found.failure is not None and self.pictures.wanted:
+            found = replace(found, failure=shorten(self.ways.model(check), found.failure))
+        self.messages.end()
+        return found
+
+    def _judge(self, check: Check, result: Found) -> int:
+        """The exit status that a result makes."""
+        if result.failure is not None:
+            return 0 if check.fault else EXIT_UNEXPECTED
+        if not result.complete:
+            return EXIT_INCOMPLETE if self.ways.runs is None else EXIT_UNEXPECTED if check.fault else 0
+        return EXIT_UNEXPECTED if check.fault else 0
+
+    def _print(self, check: Check, result: Found, wrong: int) -> None:
         failure = result.failure
-        if failure is not None and self.pictures.wanted:
-            failure = self._shortest(check, failure, result)
         if self.as_json:
-            click.echo(json.dumps(self._values(check, result, failure, wrong)))
+            click.echo(json.dumps(self._values(check, result, wrong)))
         else:
             if check.race is None or check.fault or len({each.fault for each in self.checks}) == 1:
                 click.echo(f"{check.name}: {check.title}" if check.title else check.name)
                 if check.race is not None and self.pictures.explain:
                     click.echo(_story(check))
             head = "" if check.race is None else "with the fault: " if check.fault else "cured: "
-            for line in textwrap.wrap(f"{head}{self._words(result, failure, wrong)}", WIDTH - 4):
+            for line in textwrap.wrap(f"{head}{_words(result, wrong)}", WIDTH - 4, subsequent_indent="  "):
                 click.echo(f"  {line}")
         if failure is not None and self.pictures.wanted:
             from pvirq.check.guided import follow
@@ -263,28 +306,36 @@ class _Session:
                 click.echo()
             self.pictures.show(check, model, *follow(model, failure.schedule))
 
-    def _words(self, result: Result, failure: Failure | None, wrong: int) -> str:
-        """What came of a search, in a sentence or two."""
-        size = f"{result.states:,} states, {result.steps:,} steps, {result.seconds:.1f} s"
-        notes = "".join(f"; {note}" for note in result.notes)
-        if failure is not None:
-            found = "found" if not wrong else "BROKEN"
-            return f"{found}: {failure.message} ({len(failure.schedule)} steps). Searched: {size}{notes}"
-        if not result.complete:
-            return f"nothing found, but not searched to the end: {size}{notes}"
-        return f"{'clean' if not wrong else 'NOT FOUND, all is clean'}: {size}{notes}"
-
-    def _values(self, check: Check, result: Result, failure: Failure | None, wrong: int) -> dict[str, Any]:
+    def _values(self, check: Check, result: Found, wrong: int) -> dict[str, Any]:
+        values = asdict(result)
+        failure = values.pop("failure")
         return {
             "check": check.name, "fault": check.fault if check.race else None, "as_expected": not wrong,
-            "broken": failure.message if failure else None, "complete": result.complete,
-            "schedule": [list(step) for step in failure.schedule] if failure else None, "states": result.states,
-            "steps": result.steps, "ends": result.ends, "deepest": result.deepest, "reduced": result.reduced,
-            "cyclic": result.cyclic, "seconds": round(result.seconds, 3), "notes": result.notes,
+            "broken": failure and failure["message"], "schedule": failure and failure["schedule"], **values,
         }  # fmt: skip
 
-    def _shortest(self, check: Check, failure: Failure, result: Result) -> Failure:
-        return failure
+
+def _words(result: Found, wrong: int) -> str:
+    """What came of a search, in a sentence or two."""
+    from pvirq.check.result import Result
+
+    failure = result.failure
+    found = f"{'BROKEN' if wrong else 'found'}: {failure.message} ({len(failure.schedule)} steps)." if failure else ""
+    if isinstance(result, Result):
+        size = f"{result.states:,} states, {result.steps:,} steps, {result.seconds:.1f} s"
+        size += "".join(f"; {note}" for note in result.notes)
+        if failure is not None:
+            return f"{found} Searched: {size}"
+        if not result.complete:
+            return f"nothing found, but not searched to the end: {size}"
+        return f"{'NOT FOUND, all is clean' if wrong else 'clean'}: {size}"
+    size = f"{result.runs:,} schedules, {result.steps:,} steps"
+    if result.unfinished:
+        size += f"; {result.unfinished:,} schedules were cut off, since they go on and on"
+    chance = f"each had a chance of 1 in {1 / result.chance:,.0f} or more to meet a given bug of depth {result.depth}"
+    if failure is not None:
+        return f"{found} Seed {result.seed}, after {size}"
+    return f"nothing found in {size}; {chance}"
 
 
 def _story(check: Check) -> str:

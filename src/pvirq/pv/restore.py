@@ -29,7 +29,8 @@ from pvirq.abi.xen import (
 )
 from pvirq.pv import builder, context
 from pvirq.pv.pagetable import ADDRESS, PRESENT
-from pvirq.pv.save import ENTRIES, SavedDomain, SavedVcpu, U64Array
+from pvirq.pv.save import SavedDomain, SavedVcpu
+from pvirq.pv.saved_pages import ENTRIES, U64Array
 from pvirq.xen.memory import PGT_L4
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ class Rings:
 
 
 def restore(guest: PvGuest, saved: SavedDomain) -> Rings:
-    """Fill a new domain, which has exactly as many frames as were saved, and whose two ports exist. RestoreError."""
+    """Fill a new domain, which has exactly as many frames as were saved, and whose two ports exist.
+
+    RestoreError; OSError where pages are still in a file that can't be read.
+    """
     try:
         return _Restorer(guest, saved).restore()
     except XenError as error:
@@ -73,8 +77,13 @@ class _Restorer:
             raise RestoreError(f"{len(saved.pfns)} pages were saved, and the domain has {guest.frames}")
         if len(saved.pfns) and int(saved.pfns.max()) > saved.max_pfn:
             raise RestoreError(f"page {int(saved.pfns.max()):#x} is beyond the last, {saved.max_pfn:#x}")
+        # Pages get frames in the order in which their contents were saved, and behind them those that hold zeros: so
+        # they come in long pieces, which need no copying.
+        has_data = np.zeros(len(saved.pfns), dtype=bool)
+        has_data[saved.rows] = True
+        self.pfn_of_frame = np.concatenate([saved.pfns[saved.rows], saved.pfns[~has_data]])
         self.p2m = np.full(saved.max_pfn + 1, INVALID, dtype=np.uint64)
-        self.p2m[saved.pfns] = np.arange(guest.first_mfn, guest.first_mfn + guest.frames, dtype=np.uint64)
+        self.p2m[self.pfn_of_frame] = np.arange(guest.first_mfn, guest.first_mfn + guest.frames, dtype=np.uint64)
         self.types = np.zeros(saved.max_pfn + 1, dtype=np.uint8)
         self.types[saved.pfns] = saved.types
 
@@ -114,14 +123,20 @@ class _Restorer:
 
     def _write_pages(self) -> None:
         guest, saved = self.guest, self.saved
-        memory = self.machine.np_u64.reshape(-1, ENTRIES)
-        memory[guest.first_mfn + saved.rows] = saved.data
-        for row in saved.rows[saved.types[saved.rows] != PFINFO_NOTAB].tolist():
-            self._localise(memory[guest.first_mfn + row], int(saved.types[row]) & 7)
-        self.machine.np_m2p[guest.first_mfn : guest.first_mfn + guest.frames] = saved.pfns
+        at = guest.first_mfn
+        for pages in saved.data:
+            pages.load(self.machine, at)
+            at += len(pages)
+        for row in np.flatnonzero(saved.types[saved.rows] != PFINFO_NOTAB).tolist():
+            first = (guest.first_mfn + row) * ENTRIES
+            # The whole of it is written, so that nothing of a page table is left in a file.
+            self.machine.np_u64[first : first + ENTRIES] = self._localise(
+                self.machine.np_u64[first : first + ENTRIES].copy(), int(saved.types[saved.rows[row]]) & 7
+            )
+        self.machine.np_m2p[guest.first_mfn : guest.first_mfn + guest.frames] = self.pfn_of_frame
 
-    def _localise(self, table: U64Array, level: int) -> None:
-        """x86_pv_localise_page."""
+    def _localise(self, table: U64Array, level: int) -> U64Array:
+        """x86_pv_localise_page, in place."""
         index = np.flatnonzero(table & np.uint64(PRESENT))
         entries = table[index]
         pfns = (entries & np.uint64(ADDRESS)) >> np.uint64(PAGE_SHIFT)
@@ -133,6 +148,7 @@ class _Restorer:
                 f"a level-{level} page table names page {int(pfns[mfns == INVALID][0]):#x}: there is none"
             )
         table[index] = entries & np.uint64(~ADDRESS & INVALID) | mfns << np.uint64(PAGE_SHIFT)
+        return table
 
     def _write_p2m(self) -> None:
         """update_guest_p2m."""

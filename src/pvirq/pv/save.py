@@ -25,15 +25,13 @@ from pvirq.abi.xen import (
 )
 from pvirq.pv import context
 from pvirq.pv.pagetable import ADDRESS, NX, PRESENT, XEN_SLOTS
+from pvirq.pv.saved_pages import ENTRIES, MemoryPages, Pages, U64Array
 from pvirq.xen.memory import PGT_L1, PGT_L4, PINNED
 
 if TYPE_CHECKING:
     from pvirq.pv.guest import PvGuest
     from pvirq.pv.vcpu import PvVcpu
 
-U64Array = npt.NDArray[np.uint64]
-
-ENTRIES: Final = 512  # of a page table, or pfns of a page of the p2m list
 MOST_PFNS: Final = 1 << 27  # 512 GiB: what a 3-level list can hold, and as much as is looked at
 
 
@@ -53,7 +51,7 @@ class SavedVcpu:
 class SavedDomain:
     """A domain apart from its frames. `pfns` are its pages in ascending order, `types` a PFINFO_* for each.
 
-    `data` has the pages that aren't all zeros, one a row, and `rows` which of `pfns` each is.
+    `data` has the pages that aren't all zeros, and `rows` which of `pfns` each is.
     """
 
     max_pfn: int
@@ -61,7 +59,7 @@ class SavedDomain:
     pfns: U64Array
     types: npt.NDArray[np.uint8]
     rows: npt.NDArray[np.int64]
-    data: U64Array
+    data: list[Pages]
     vcpus: dict[int, SavedVcpu]
     shared_info: bytes
 
@@ -152,7 +150,7 @@ class _Saver:
         shared = self.domain.shared_info
         return SavedDomain(
             self.max_pfn, [self._pfn(mfn, "p2m list") for mfn in self.frames], self.pfns.astype(np.uint64), types, rows,
-            data, vcpus, bytes(machine.mem[shared : shared + PAGE_SIZE]),
+            [MemoryPages(data)], vcpus, bytes(machine.mem[shared : shared + PAGE_SIZE]),
         )  # fmt: skip
 
     def _rows_with_data(self, memory: U64Array) -> npt.NDArray[np.int64]:

@@ -5,6 +5,8 @@ Results are 0 or a port, or minus an errno, as hypercalls have them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pvirq.abi.errno import Errno
 from pvirq.check.protocols.ports import (
     FIFO,
@@ -34,6 +36,7 @@ from pvirq.xen.evtchn_channels import (
     ECS_VIRQ,
     virq_is_global,
 )
+from pvirq.xen.evtchn_fifo import MAX_ARRAY_PAGES
 
 # -- binding -----------------------------------------------------------------------------------------------------------
 
@@ -192,14 +195,14 @@ def evtchn_close(d1: Domain, port1: int, *, guest: bool = True) -> Thread:
                 # It is dying, and will close the channel.
                 d2 = None
                 break
-            if d1.domid < d2.domid:
+            if d1.domid < d2.domid or (d1 is not d2 and not d1.code.orders_locks):
                 yield d2.event_lock.acquire()
             elif d1 is not d2:
                 # The other one has to be locked first. Until both are, all may change.
                 yield d1.event_lock.release()
                 yield d2.event_lock.acquire()
                 continue
-        elif d2.domid != remote[0]:
+        elif d2.domid != remote[0] and d1.code.looks_again:
             # Closed and bound anew, to another domain, while nobody held the lock.
             rc = -Errno.EINVAL
             break
@@ -244,8 +247,11 @@ def _close_virq(d: Domain, channel: Channel) -> Thread:
 # -- using -------------------------------------------------------------------------------------------------------------
 
 
-def evtchn_send(ld: Domain, lport: int) -> Thread:
-    """EVTCHNOP_send. Only the near end's lock is needed: neither end changes without both."""
+def evtchn_send(ld: Domain, lport: int, consumer: Callable[[], Thread] | None = None) -> Thread:
+    """EVTCHNOP_send. Only the near end's lock is needed: neither end changes without both.
+
+    `consumer` is what Xen does if the other end is its own.
+    """
     lchn = yield from find_port(ld, lport)
     if lchn is None:
         return -Errno.EINVAL
@@ -263,12 +269,31 @@ def evtchn_send(ld: Domain, lport: int) -> Thread:
             rchn = yield from evtchn_from_port(rd, rport)
             if not (yield rchn.xen_consumer.read()):
                 yield from evtchn_port_set_pending(rd, rchn)
+            elif consumer is not None:
+                if ld.code.calls_unlocked:
+                    yield lchn.lock.read_release()
+                    yield from consumer()
+                    return 0
+                yield from consumer()
         elif state == ECS_IPI:
             yield from evtchn_port_set_pending(ld, lchn)
         elif state != ECS_UNBOUND:
             rc = -Errno.EINVAL
     yield lchn.lock.read_release()
     return rc
+
+
+def notify_via_xen_event_channel(ld: Domain, lport: int) -> Thread:
+    """Notify the other end of a channel of Xen's own. Where it is being bound or closed, there is nobody to notify."""
+    lchn = yield from find_port(ld, lport)
+    if lchn is None or not (yield lchn.lock.read_trylock()):
+        return
+    if (yield lchn.state.read()) == ECS_INTERDOMAIN:
+        domid, rport = yield lchn.u.read()
+        rd = ld.xen.domains[domid]
+        rchn = yield from evtchn_from_port(rd, rport)
+        yield from evtchn_port_set_pending(rd, rchn)
+    yield lchn.lock.read_release()
 
 
 def _evtchn_send_2004(ld: Domain, lchn: Channel) -> Thread:
@@ -398,7 +423,7 @@ def _add_page_to_event_array(d: Domain) -> Thread:
     live, words = yield look((d.fifo_live, d.num_evtchns), text="reads evtchn_fifo->num_evtchns")
     if live != fifo:
         fail("add_page_to_event_array() uses evtchn_fifo after it was freed")
-    if words >= d.ports:
+    if words // d.per_page >= MAX_ARRAY_PAGES:
         return -Errno.ENOSPC
     mapped = yield d.mapped.read()
     yield d.mapped.write(mapped + 1).saying("maps a page of event words")

@@ -188,7 +188,7 @@ def append(fifo: Fifo, queue: Queue, port: int, set_link: Callable[[Var, int], T
         if fifo.control_block is not None and not (yield fifo.queue_head[queue].read()):
             fail("writes through the pointer to a queue's head, which isn't set yet")
         yield fifo.head[queue].write(port).saying(f"makes port {port} the head of queue {queue[0]}/{queue[1]}")
-    yield fifo.tail[queue].write(port)
+    yield fifo.tail[queue].write(port).saying(f"makes port {port} the tail of queue {queue[0]}/{queue[1]}")
     return linked
 
 
@@ -247,15 +247,15 @@ def set_pending(
     ready, was_pending = False, True
     if fifo.control_block is None or (yield fifo.control_block[vcpu].read()):
         was_pending = (yield word.update(lambda value: value | PENDING, f"sets PENDING of port {port}")) & PENDING
-        masked = (yield word.read()) & MASKED
+        masked = (yield word.read().saying(f"looks whether port {port} is masked")) & MASKED
         if not masked and not (
             (yield word.update(lambda value: value | LINKED, f"sets LINKED of port {port}")) & LINKED
         ):
             # If it was the tail of the queue that it was last on, that one is empty.
             if (yield fifo.tail[old].read()) == port:
-                yield fifo.tail[old].write(0)
+                yield fifo.tail[old].write(0).saying(f"forgets that port {port} was the tail there")
             if old != queue:
-                yield fifo.lastq[port].write(queue)
+                yield fifo.lastq[port].write(queue).saying(f"notes that port {port} is on queue {queue[0]}/{queue[1]}")
                 yield fifo.lock[old].release()
                 old = queue
             ready = not (yield from append(fifo, queue, port, set_link)) or ready_always

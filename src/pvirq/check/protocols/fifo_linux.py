@@ -46,7 +46,8 @@ def consume_one_event(fifo: Fifo, cpu: int, priority: int, heads: Heads, handle:
         # Its tail was reached last time: there is a new head.
         port = yield fifo.head[cpu, priority].read().saying(f"reads the head of queue {cpu}/{priority}")
     link = yield from clear_linked(fifo, port, (cpu, priority))
-    if (yield fifo.word[port].read()) & PENDING and not (yield fifo.word[port].read()) & MASKED:
+    pending = (yield fifo.word[port].read().saying(f"looks whether port {port} is pending")) & PENDING
+    if pending and not (yield fifo.word[port].read().saying(f"looks whether port {port} is masked")) & MASKED:
         yield from handle(port)
     heads[priority] = link
     return not link
@@ -64,7 +65,7 @@ def handle_events(fifo: Fifo, cpu: int, heads: Heads, handle: Handler) -> Thread
 
 def do_upcall(fifo: Fifo, cpu: int, heads: Heads, handle: Handler) -> Thread:
     """One turn of __xen_evtchn_do_upcall()."""
-    yield fifo.upcall_pending[cpu].write(0)
+    yield fifo.upcall_pending[cpu].write(0).saying("takes the upcall")
     yield from handle_events(fifo, cpu, heads, handle)
 
 
@@ -94,6 +95,21 @@ def unmask(fifo: Fifo, port: int) -> Thread:
             seen = yield word.wait(lambda value: not value & BUSY)  # the source spins
 
 
+def unmask_twice(fifo: Fifo, port: int) -> Thread:
+    """evtchn_fifo_unmask() before f01337197419 (5.10): in place, and by hypercall as well where it is pending then."""
+    word = fifo.word[port]
+    seen = yield word.read()
+    while True:
+        old = seen & ~BUSY
+        seen = yield word.cmpxchg(old, old & ~MASKED).saying(f"clears MASKED of port {port}")
+        if seen == old:
+            break
+        if seen & BUSY:
+            seen = yield word.wait(lambda value: not value & BUSY)
+    if (yield word.read()) & PENDING:
+        yield from xen.unmask(fifo, port)
+
+
 # -- handlers ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,12 +132,15 @@ def counting(fifo: Fifo, handled: list[Var]) -> Handler:
     return handle
 
 
-def lateeoi(fifo: Fifo) -> Handler:
-    """handle_fasteoi_irq() of a lateeoi event: masked and acknowledged, handled, unmasked again."""
+def lateeoi(fifo: Fifo, handling: Var | None = None, unmask: Callable[[Fifo, int], Thread] = unmask) -> Handler:
+    """handle_fasteoi_irq() of a lateeoi event: masked and acknowledged, handled (1 in `handling`), unmasked again."""
 
     def handle(port: int) -> Thread:
         yield fifo.word[port].update(lambda value: value | MASKED, f"masks port {port}")
         yield fifo.word[port].update(lambda value: value & ~PENDING, f"acknowledges port {port}, and handles it")
+        if handling is not None:
+            yield handling.write(1).saying(f"begins to handle port {port}")
+            yield handling.write(0).saying(f"is done with port {port}, but for its EOI")
         yield from unmask(fifo, port)
 
     return handle

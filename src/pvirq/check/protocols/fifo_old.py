@@ -34,7 +34,7 @@ def set_pending_first(fifo: Fifo, vcpu: int, port: int, *, ready_always: bool = 
     word = fifo.word[port]
     queue = vcpu, (yield fifo.priority[port].read())
     yield word.update(lambda value: value | PENDING, f"sets PENDING of port {port}")
-    if (yield word.read()) & MASKED:
+    if (yield word.read().saying(f"looks whether port {port} is masked")) & MASKED:
         return
     if (yield word.update(lambda value: value | LINKED, f"sets LINKED of port {port}")) & LINKED:
         return
@@ -43,7 +43,7 @@ def set_pending_first(fifo: Fifo, vcpu: int, port: int, *, ready_always: bool = 
     linked = port != tail and (yield from set_link(fifo.word[tail], port))
     if not linked:
         yield fifo.head[queue].write(port).saying(f"makes port {port} the head of queue {queue[0]}/{queue[1]}")
-    yield fifo.tail[queue].write(port)
+    yield fifo.tail[queue].write(port).saying(f"makes port {port} the tail of queue {queue[0]}/{queue[1]}")
     yield fifo.lock[queue].release()
     if not linked or ready_always:
         yield from set_ready(fifo, queue)
@@ -70,7 +70,7 @@ def lock_old_queue_once(fifo: Fifo, port: int) -> Thread:
 def record_queue(fifo: Fifo, port: int, queue: Queue, *, split: bool, stable: bool) -> Thread:
     """Keep which queue a port is on: in two words or one; `stable`, since 6f6f07b64c: the one it is really put on."""
     if not split:
-        yield fifo.lastq[port].write(queue)
+        yield fifo.lastq[port].write(queue).saying(f"notes that port {port} is on queue {queue[0]}/{queue[1]}")
     elif stable:
         yield fifo.last_vcpu_id[port].write(queue[0])
         yield fifo.last_priority[port].write(queue[1])
@@ -90,7 +90,8 @@ def set_pending(
     """
     word = fifo.word[port]
     was_pending = (yield word.update(lambda value: value | PENDING, f"sets PENDING of port {port}")) & PENDING
-    if not (yield word.read()) & MASKED and not (yield word.read()) & LINKED:
+    masked = (yield word.read().saying(f"looks whether port {port} is masked")) & MASKED
+    if not masked and not (yield word.read().saying(f"looks whether port {port} is linked")) & LINKED:
         queue = vcpu, (yield fifo.priority[port].read())
         old = yield from lock_old_queue(fifo, port) if split else lock_old_queue_once(fifo, port)
         if old is not None:
@@ -98,7 +99,11 @@ def set_pending(
                 yield fifo.lock[old].release()
             else:
                 if (yield fifo.tail[old].read()) == port:
-                    yield fifo.tail[old].write(0)
+                    yield (
+                        fifo.tail[old]
+                        .write(0)
+                        .saying(f"forgets port {port} as the old tail of queue {old[0]}/{old[1]}")
+                    )
                 if old != queue:
                     yield from record_queue(fifo, port, queue, split=split, stable=stable)
                     yield fifo.lock[old].release()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pvirq.check.protocols.ports import Fixed
 from pvirq.check.steps import Model, Thread, Var, mb, wmb
 
 
-class PolledDomain:
+class PolledDomain(Fixed):
     """A domain whose vCPUs poll. `before_2008`: with `is_polling` flags instead of poll_mask and poll_evtchn."""
 
     def __hash__(self) -> int:
@@ -31,7 +32,7 @@ class PolledDomain:
         self.vcpus = tuple(PollingVcpu(model, self, vcpu_id) for vcpu_id in range(vcpus))
 
 
-class PollingVcpu:
+class PollingVcpu(Fixed):
     """A vCPU that may poll. `poll_evtchn`: the one port that it polls, -1 several, 0 none."""
 
     def __hash__(self) -> int:
@@ -162,7 +163,11 @@ def vcpu_unblock(v: PollingVcpu) -> Thread:
 
 def poll_timer_fn(v: PollingVcpu) -> Thread:
     """The time that the vCPU wanted to wait is up."""
-    if (yield v.domain.poll_mask.clear_bit(v.vcpu_id)):
+    if v.domain.before_2008:
+        if (yield v.is_polling.read()):
+            yield v.is_polling.write(0)
+            yield from vcpu_unblock(v)
+    elif (yield v.domain.poll_mask.clear_bit(v.vcpu_id)):
         yield from vcpu_unblock(v)
 
 

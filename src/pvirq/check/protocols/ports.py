@@ -34,9 +34,20 @@ class Code:
     closes_when_killed: bool = True  # ports are closed while others still refer to the domain (f8a7ef4fec)
     rcu: bool = True  # evtchn_close() holds the other domain by RCU, not by a reference (65f98b8c31)
     consumer_cmpxchg: bool = True  # get_xen_consumer() takes a slot at once (dcbd1d8ae5)
+    calls_unlocked: bool = True  # a function of Xen's is called without the lock of the channel (1376ef90d3)
+    # It was never otherwise, but what would be if it were?
+    orders_locks: bool = True  # of two domains' event locks evtchn_close() takes the one that comes first first
+    looks_again: bool = True  # ... and, having let go of its own for that, whether the other end is still the same
 
 
-class Channel:
+class Fixed:
+    """What no thread changes, and is equal to itself alone: whoever compares two threads needn't look into it."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Channel(Fixed):
     """struct evtchn. `u` is its union: (domid,) of who may bind, (domid, port) of the other end, or a VIRQ's number."""
 
     def __init__(self, model: Model, domid: int, port: int) -> None:
@@ -56,7 +67,7 @@ class Channel:
         return self.domid, self.port
 
 
-class Vcpu:
+class Vcpu(Fixed):
     """What ports need of struct vcpu."""
 
     def __init__(self, model: Model, domid: int, vcpu_id: int, virqs: int) -> None:
@@ -66,7 +77,7 @@ class Vcpu:
         self.virq_to_evtchn = model.array(f"{name}.virq_to_evtchn", virqs, 0, coherent=True)
 
 
-class Domain:
+class Domain(Fixed):
     """The event channel part of struct domain: `ports` at most, of which the first `valid` have their bucket."""
 
     def __init__(
@@ -141,7 +152,7 @@ def _count(var: Var) -> None:
     var.initial += 1
 
 
-class Xen:
+class Xen(Fixed):
     """All domains of a model, and what they share."""
 
     def __init__(self, model: Model, code: Code | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 from pvirq.abi.errno import Errno
 from pvirq.check.protocols.ports import (
     Domain,
+    Fixed,
     Xen,
     evtchn_from_port,
     evtchn_port_set_pending,
@@ -74,7 +75,7 @@ def send_guest_vcpu_virq(d: Domain, vcpu: int, virq: int) -> Thread:
 NOBODY: Final = -1  # in global_virq_handlers[]: the hardware domain handles it
 
 
-class GlobalVirqs:
+class GlobalVirqs(Fixed):
     """global_virq_handlers[], with its lock, for VIRQs 0 to `count` - 1."""
 
     def __init__(self, xen: Xen, count: int, *, hardware_domain: int = 0) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from pvirq.check.protocols.polling import PolledDomain, do_poll, evtchn_2l_set_pending, lost
+from pvirq.check.protocols.polling import PolledDomain, do_poll, evtchn_2l_set_pending, lost, poll_timer_fn
 from pvirq.check.race import Race
-from pvirq.check.steps import End, Model
+from pvirq.check.steps import End, Model, Thread, choose
 
 
 def model(fault: bool) -> Model:
     m = Model(order="tso")
     d = PolledDomain(m, vcpus=2, masked=0b110, before_2008=fault)
     v0, v1 = d.vcpus
+
+    def timer() -> Thread:
+        if (yield choose(2, "the time is up, or far away")):
+            yield from poll_timer_fn(v1)
+
     m.thread("vCPU 0, SCHEDOP_poll", do_poll, v0, (1,), may_wait=True)
     m.thread("vCPU 1, SCHEDOP_poll", do_poll, v1, (1, 2), may_wait=True)
     m.thread("a sender to port 1", evtchn_2l_set_pending, v0, 1)
+    m.thread("vCPU 1's time is up", timer)
 
     def judge(end: End) -> str | None:
         return lost(v0, (1,), end.values) or lost(v1, (1, 2), end.values)

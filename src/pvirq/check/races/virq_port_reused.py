@@ -21,7 +21,8 @@ def model(fault: bool) -> Model:
     bound_at.initial = 1
 
     def timer() -> Thread:
-        yield from send_guest_vcpu_virq(d, 0, VIRQ_TIMER)
+        for _ in range(2):
+            yield from send_guest_vcpu_virq(d, 0, VIRQ_TIMER)
 
     def rebinder() -> Thread:
         rc = yield from evtchn_close(d, 1)

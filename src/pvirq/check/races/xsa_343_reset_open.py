@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from pvirq.abi.errno import Errno
-from pvirq.check.protocols.channels import evtchn_bind_interdomain, evtchn_close, evtchn_reset, evtchn_send
+from pvirq.check.protocols.channels import (
+    evtchn_bind_interdomain,
+    evtchn_bind_ipi,
+    evtchn_close,
+    evtchn_reset,
+    evtchn_send,
+)
 from pvirq.check.protocols.ports import FIFO, Code, Xen
 from pvirq.check.race import Race
 from pvirq.check.steps import End, Model, Thread
@@ -26,7 +32,11 @@ def model(fault: bool) -> Model:
 
     def binder() -> Thread:
         port = yield from evtchn_bind_interdomain(d, 2, 1)
-        assert port in (2, 3, -Errno.EINVAL)  # 3 is one that only the FIFO ABI has
+        assert port in (2, 3, -Errno.EINVAL, -Errno.ENOSPC)  # 3 is one that only the FIFO ABI has
+
+    def second() -> Thread:
+        port = yield from evtchn_bind_ipi(d, 0)
+        assert port in (2, 3, -Errno.ENOSPC)
 
     def other_end() -> Thread:
         rc = yield from evtchn_send(peer, 1)
@@ -37,6 +47,7 @@ def model(fault: bool) -> Model:
     m.thread("d1 vCPU 0, EVTCHNOP_reset", resetter)
     m.thread("d1 vCPU 1, EVTCHNOP_bind_interdomain", binder)
     m.thread("d2, EVTCHNOP_send and close", other_end)
+    m.thread("d1 vCPU 2, EVTCHNOP_bind_ipi", second)
     m.invariant(
         "under the two-level ABI a port is open that it doesn't have",
         (d.evtchn_port_ops, d.channels[3].state),

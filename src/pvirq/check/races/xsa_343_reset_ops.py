@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pvirq.abi.errno import Errno
 from pvirq.abi.xen import VIRQ_TIMER
-from pvirq.check.protocols.channels import evtchn_reset, evtchn_unmask
+from pvirq.check.protocols.channels import evtchn_port_poll, evtchn_reset, evtchn_send, evtchn_unmask
 from pvirq.check.protocols.ports import TWO_LEVEL, Code, Xen
 from pvirq.check.protocols.virqs import send_guest_vcpu_virq
 from pvirq.check.race import Race
@@ -31,9 +31,16 @@ def model(fault: bool) -> Model:
         rc = yield from evtchn_unmask(d, 2)
         assert rc in (0, -Errno.EINVAL)
 
+    def poller() -> Thread:
+        rc = yield from evtchn_send(d, 2)
+        assert rc in (0, -Errno.EINVAL)
+        rc = yield from evtchn_port_poll(d, 2)
+        assert rc in (0, 1, -Errno.EINVAL)
+
     m.thread("vCPU 0, EVTCHNOP_reset", resetter)
     m.thread("VIRQ_TIMER", timer)
     m.thread("vCPU 1, EVTCHNOP_unmask", unmasker)
+    m.thread("vCPU 2, EVTCHNOP_send and SCHEDOP_poll", poller)
 
     def left(end: End) -> str | None:
         if end[d.active_evtchns] or end[d.mapped] or end[d.evtchn_port_ops] != TWO_LEVEL:

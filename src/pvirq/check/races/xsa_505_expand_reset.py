@@ -18,6 +18,7 @@ def model(fault: bool) -> Model:
     results = [
         operation(m, "vCPU 0, EVTCHNOP_reset", lambda: evtchn_reset(d)),
         operation(m, "vCPU 1, EVTCHNOP_expand_array", lambda: evtchn_fifo_expand_array(d)),
+        operation(m, "vCPU 3, EVTCHNOP_expand_array", lambda: evtchn_fifo_expand_array(d)),
         operation(m, "vCPU 2, EVTCHNOP_init_control", lambda: evtchn_fifo_init_control(d)),
     ]
     if not fault:

@@ -1,0 +1,491 @@
+"""Models of Xen's ports do as pvirq's own hypervisor does: in sequence, and at once as in some sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvirq.abi.errno import Errno, XenError
+from pvirq.abi.xen import (
+    DOMID_SELF,
+    SHARED_INFO_EVTCHN_MASK,
+    SHARED_INFO_EVTCHN_PENDING,
+    VCPU_INFO_PENDING_SEL,
+    VCPU_INFO_UPCALL_MASK,
+    VIRQ_CONSOLE,
+    VIRQ_DEBUG,
+    VIRQ_DOM_EXC,
+    VIRQ_TIMER,
+)
+from pvirq.check import explore
+from pvirq.check.guided import one_by_one
+from pvirq.check.protocols import channels, virqs
+from pvirq.check.protocols.polling import (
+    PolledDomain,
+    do_poll,
+    evtchn_2l_set_pending,
+    lost,
+    poll_timer_fn,
+    vcpu_mark_events_pending,
+)
+from pvirq.check.protocols.ports import FIFO, Code, Domain, Fixed, Xen
+from pvirq.check.steps import End, Model, Thread
+from pvirq.xen import domain as product
+from pvirq.xen import evtchn, evtchn_channels, sched
+from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_RESERVED, ECS_UNBOUND, ECS_VIRQ
+from pvirq.xen.memory import Machine
+
+DOMAINS = (0, 1)
+VCPUS = 2
+PORTS = 7
+BUCKET = 2
+VIRQS = 4
+GLOBAL = (VIRQ_CONSOLE, VIRQ_DOM_EXC)
+
+Operation = tuple[Any, ...]  # its name, the domain, arguments
+State = dict[str, object]
+
+
+class Real:
+    """Operations and their state in pvirq.xen."""
+
+    def __init__(self, *, fifo: bool = False) -> None:
+        self.hypervisor = product.Hypervisor(Machine(64 << 20))
+        for domid in DOMAINS:
+            d = self.hypervisor.create_domain(domid, privileged=domid == 0, vcpus=VCPUS)
+            d.evtchn.max_port = PORTS - 1
+        self.fifo = fifo
+
+    def do(self, operation: Operation) -> int:
+        name, domid, *arguments = operation
+        d = self.hypervisor.domains[domid]
+        try:
+            result = getattr(self, name)(d, *arguments)
+        except XenError as error:
+            return -error.errno
+        return int(result or 0)
+
+    def alloc_unbound(self, d: product.Domain, remote: int) -> int:
+        return evtchn.alloc_unbound(d, DOMID_SELF, remote)
+
+    def bind_interdomain(self, d: product.Domain, remote: int, port: int) -> int:
+        return evtchn.bind_interdomain(d, remote, port)
+
+    def bind_ipi(self, d: product.Domain, vcpu: int) -> int:
+        return evtchn.bind_ipi(d, vcpu)
+
+    def bind_virq(self, d: product.Domain, virq: int, vcpu: int) -> int:
+        return evtchn.bind_virq(d, virq, vcpu)
+
+    def alloc_xen(self, d: product.Domain, remote: int) -> int:
+        return evtchn.alloc_unbound_xen_event_channel(d, 0, remote, lambda vcpu, port: None)
+
+    def close(self, d: product.Domain, port: int) -> None:
+        evtchn.close(d, port)
+
+    def free_xen(self, d: product.Domain, port: int) -> None:
+        evtchn.free_xen_event_channel(d, port)
+
+    def send(self, d: product.Domain, port: int) -> None:
+        evtchn.send(d, port)
+
+    def unmask(self, d: product.Domain, port: int) -> None:
+        evtchn.unmask(d, port)
+
+    def poll(self, d: product.Domain, port: int) -> bool:
+        return d.evtchn.poll(port)
+
+    def reset(self, d: product.Domain) -> None:
+        evtchn.reset(d, DOMID_SELF)
+
+    def virq(self, d: product.Domain, virq: int, vcpu: int) -> None:
+        if virq in GLOBAL:
+            evtchn.send_global_virq(self.hypervisor, virq)
+        else:
+            evtchn.send_guest_vcpu_virq(d.vcpus[vcpu], virq)
+
+    def handler(self, d: product.Domain, virq: int) -> None:
+        evtchn.set_global_virq_handler(d, virq)
+
+    def init_control(self, d: product.Domain) -> None:
+        # A vCPU has its block once; the model knows nothing of that.
+        if d.evtchn.fifo:
+            return
+        evtchn.init_control(d, self.hypervisor.machine.alloc(1, d.domid), 0, 0)
+
+    def expand_array(self, d: product.Domain) -> None:
+        evtchn.expand_array(d, self.hypervisor.machine.alloc(1, d.domid))
+
+    def state(self) -> State:
+        state: State = {}
+        for domid in DOMAINS:
+            d = self.hypervisor.domains[domid]
+            for channel in d.evtchn.channels[:PORTS]:
+                u: tuple[int, ...] = ()
+                if channel.state == ECS_UNBOUND:
+                    u = (channel.remote_domid,)
+                elif channel.state == ECS_INTERDOMAIN:
+                    assert channel.remote_domain is not None
+                    u = (channel.remote_domain.domid, channel.remote_port)
+                elif channel.state == ECS_VIRQ:
+                    u = (channel.virq,)
+                state[f"d{domid}p{channel.port}"] = (
+                    channel.state, u, channel.notify_vcpu, channel.consumer is not None,
+                    not self.fifo and d.evtchn.ops.is_pending(channel),
+                )  # fmt: skip
+            state[f"d{domid} ports"] = len(d.evtchn.channels)
+            state[f"d{domid} counts"] = d.evtchn.active, d.evtchn.xen_active
+            state[f"d{domid} virqs"] = [list(vcpu.virq_to_evtchn[:VIRQS]) for vcpu in d.vcpus]
+            state[f"d{domid} fifo"] = d.evtchn.fifo
+        state["handlers"] = [
+            handler.domid if (handler := self.hypervisor.global_virq_handlers.get(virq)) else virqs.NOBODY
+            for virq in range(VIRQS)
+        ]
+        return state
+
+
+class Modelled(Fixed):
+    """The same by the generators."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        # The product is Xen 4.17: global VIRQs can be taken from who has bound them.
+        self.xen = Xen(self.model, Code(checks_bound=False))
+        for domid in DOMAINS:
+            self.xen.domain(domid, ports=PORTS, valid=BUCKET, bucket=BUCKET, vcpus=VCPUS, virqs=VIRQS)
+        self.handlers = virqs.GlobalVirqs(self.xen, VIRQS)
+        self.consumers = self.model.array("xen_consumers", 1, "")
+
+    def do(self, operation: Operation) -> Thread:
+        name, domid, *arguments = operation
+        d = self.xen.domains[domid]
+        xen: dict[str, Callable[..., Thread]] = {
+            "alloc_unbound": channels.evtchn_alloc_unbound,
+            "bind_interdomain": channels.evtchn_bind_interdomain,
+            "bind_ipi": channels.evtchn_bind_ipi,
+            "bind_virq": virqs.evtchn_bind_virq,
+            "alloc_xen": self._alloc_xen,
+            "close": channels.evtchn_close,
+            "free_xen": self._free_xen,
+            "send": channels.evtchn_send,
+            "unmask": channels.evtchn_unmask,
+            "poll": channels.evtchn_port_poll,
+            "reset": channels.evtchn_reset,
+            "virq": self._virq,
+            "handler": self._handler,
+            "init_control": channels.evtchn_fifo_init_control,
+            "expand_array": channels.evtchn_fifo_expand_array,
+        }
+        return (yield from xen[name](d, *arguments))
+
+    def _alloc_xen(self, d: Domain, remote: int) -> Thread:
+        return (yield from channels.alloc_unbound_xen_event_channel(d, remote, self.consumers, "consumer"))
+
+    def _free_xen(self, d: Domain, port: int) -> Thread:
+        return (yield from channels.evtchn_close(d, port, guest=False))
+
+    def _virq(self, d: Domain, virq: int, vcpu: int) -> Thread:
+        if virq in GLOBAL:
+            yield from virqs.send_global_virq(self.handlers, virq)
+        else:
+            yield from virqs.send_guest_vcpu_virq(d, vcpu, virq)
+        return 0
+
+    def _handler(self, d: Domain, virq: int) -> Thread:
+        return (yield from virqs.set_global_virq_handler(d, self.handlers, virq))
+
+    def state(self, end: End) -> State:
+        state: State = {}
+        for domid, d in self.xen.domains.items():
+            valid = end[d.valid_evtchns]
+            for channel in d.channels[:valid]:
+                kind = end[channel.state]
+                state[f"d{domid}p{channel.port}"] = (
+                    kind, end[channel.u] if kind in (ECS_UNBOUND, ECS_INTERDOMAIN, ECS_VIRQ) else (),
+                    end[channel.notify_vcpu_id], end[channel.xen_consumer] != 0, end[channel.pending] != 0,
+                )  # fmt: skip
+            state[f"d{domid} ports"] = valid
+            state[f"d{domid} counts"] = end[d.active_evtchns], end[d.xen_evtchns]
+            state[f"d{domid} virqs"] = [[end[port] for port in vcpu.virq_to_evtchn] for vcpu in d.vcpus]
+            state[f"d{domid} fifo"] = end[d.evtchn_port_ops] == FIFO
+        state["handlers"] = [end[handler] for handler in self.handlers.domids]
+        return state
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evtchn_channels, "EVTCHNS_PER_BUCKET", BUCKET)
+
+
+domids = st.sampled_from(DOMAINS)
+ports = st.integers(0, PORTS)
+vcpus = st.integers(0, VCPUS - 1)
+local = st.sampled_from((VIRQ_TIMER, VIRQ_DEBUG))
+operations = st.one_of(
+    st.tuples(st.just("alloc_unbound"), domids, domids),
+    st.tuples(st.just("bind_interdomain"), domids, domids, ports),
+    st.tuples(st.just("bind_ipi"), domids, st.integers(0, VCPUS)),
+    st.tuples(st.just("bind_virq"), domids, st.sampled_from((*range(VIRQS), 30)), st.integers(0, VCPUS)),
+    st.tuples(st.just("alloc_xen"), domids, domids),
+    st.tuples(st.sampled_from(("close", "free_xen", "send", "send", "unmask", "poll")), domids, ports),
+    st.tuples(st.just("reset"), domids),
+    st.tuples(st.just("virq"), domids, local, vcpus),
+    st.tuples(st.just("virq"), domids, st.sampled_from(GLOBAL), st.just(0)),
+    st.tuples(st.just("handler"), domids, st.integers(0, VIRQS - 1)),
+)
+
+
+def in_sequence(sequence: list[Operation], real: Real, modelled: Modelled) -> None:
+    results = [real.do(operation) for operation in sequence]
+    found = modelled.model.var("results", ())
+
+    def run() -> Thread:
+        values: tuple[int, ...] = ()
+        for operation in sequence:
+            values = (*values, (yield from modelled.do(operation)))
+        yield found.write(values)
+
+    modelled.model.thread("all", run)
+    end = one_by_one(modelled.model)
+    assert not end.waiting
+    assert list(end[found]) == results
+    assert modelled.state(end) == real.state()
+
+
+@given(st.lists(operations, max_size=20))
+def test_ports_in_sequence(sequence: list[Operation]) -> None:
+    in_sequence(sequence, Real(), Modelled())
+
+
+fifo_operations = st.one_of(
+    st.tuples(st.sampled_from(("init_control", "expand_array", "reset")), st.just(1)),
+    st.tuples(st.just("bind_ipi"), st.just(1), st.just(0)),
+    st.tuples(st.sampled_from(("close", "unmask")), st.just(1), ports),
+)
+
+
+@given(st.lists(fifo_operations, max_size=16))
+def test_change_of_abi_in_sequence(sequence: list[Operation]) -> None:
+    modelled = Modelled()
+    d = modelled.xen.domains[1]
+    d.fifo = True
+    real = Real()
+    in_sequence(sequence, real, modelled)
+    assert real.hypervisor.domains[1].evtchn.fifo == (sequence_abi(sequence) == FIFO)
+
+
+def sequence_abi(sequence: list[Operation]) -> str:
+    """The ABI after a sequence: EVTCHNOP_reset never fails where nothing else happens meanwhile."""
+    abi = "2l"
+    for name, *_ in sequence:
+        abi = {"init_control": FIFO, "reset": "2l"}.get(name, abi)
+    return abi
+
+
+# EVTCHNOP_reset isn't one of them: it closes one port after the other, and fails where another was bound meanwhile. Nor
+# is XEN_DOMCTL_set_virq_handler: a global VIRQ is on its way to one domain, perhaps, while another becomes its handler.
+at_once = st.one_of(
+    st.tuples(st.just("alloc_unbound"), domids, domids),
+    st.tuples(st.just("bind_interdomain"), domids, domids, st.integers(1, 2)),
+    st.tuples(st.just("bind_ipi"), domids, vcpus),
+    st.tuples(st.just("bind_virq"), domids, st.integers(0, VIRQS - 1), st.just(0)),
+    st.tuples(st.just("alloc_xen"), domids, domids),
+    st.tuples(st.sampled_from(("close", "close", "free_xen", "send", "unmask", "poll")), domids, st.integers(1, 2)),
+    st.tuples(st.just("virq"), domids, local, st.just(0)),
+    st.tuples(st.just("virq"), domids, st.sampled_from(GLOBAL), st.just(0)),
+)
+
+
+@given(st.lists(operations, max_size=6), st.lists(at_once, min_size=2, max_size=3))
+def test_ports_at_once(before: list[Operation], concurrent: list[Operation]) -> None:
+    """Whatever the schedule, results and states are those of some order."""
+    allowed = []
+    for order in permutations(range(len(concurrent))):
+        real = Real()
+        for operation in before:
+            real.do(operation)
+        results = [0] * len(concurrent)
+        for number in order:
+            results[number] = real.do(concurrent[number])
+        allowed.append((results, real.state()))
+
+    modelled = Modelled()
+    model = modelled.model
+    ready = model.var("ready", 0)
+    returned = model.array("result", len(concurrent), None)
+
+    def first() -> Thread:
+        for operation in before:
+            yield from modelled.do(operation)
+        yield ready.write(1)
+
+    def one(number: int) -> Thread:
+        yield ready.wait(bool)
+        result = yield from modelled.do(concurrent[number])
+        yield returned[number].write(result)
+
+    model.thread("before", first)
+    for number, operation in enumerate(concurrent):
+        model.thread(str(operation), one, number)
+
+    def judge(end: End) -> str | None:
+        found = [end[each] for each in returned], modelled.state(end)
+        return None if found in allowed else f"no order of the operations gives {found}"
+
+    model.at_end(judge)
+    result = explore(model)
+    assert result.failure is None, result.failure
+    assert result.complete
+
+
+POLLED = (1, 2, 3)
+polls = st.one_of(
+    st.tuples(
+        st.just("poll"), vcpus, st.lists(st.sampled_from(POLLED), max_size=2, unique=True).map(tuple)
+    ),
+    st.tuples(st.just("send"), st.sampled_from(POLLED)),
+    st.tuples(st.just("time is up"), vcpus),
+)  # fmt: skip
+
+
+@given(
+    st.lists(polls, max_size=12),
+    st.integers(0, 15).map(lambda mask: mask << 1 & 0b1110),
+    st.tuples(*[st.booleans()] * VCPUS),
+    st.tuples(*[vcpus] * len(POLLED)),
+)
+def test_polls_in_sequence(
+    sequence: list[Operation], masked: int, upcalls_masked: tuple[bool, ...], notified: tuple[int, ...]
+) -> None:
+    """Who polls and who wakes: after each operation the same vCPUs sleep, for the same ports."""
+    hypervisor = product.Hypervisor(Machine(64 << 20))
+    d = hypervisor.create_domain(1, vcpus=VCPUS)
+    mem = d.machine.mem
+    for port, vcpu in zip(POLLED, notified, strict=True):
+        assert evtchn.bind_ipi(d, vcpu) == port
+    mem[d.shared_info + SHARED_INFO_EVTCHN_MASK] = masked
+    for v in d.vcpus:
+        v.up = True
+        mem[v.info + VCPU_INFO_UPCALL_MASK] = upcalls_masked[v.vcpu_id]
+
+    values: dict[str, object] = {}
+    for operation in sequence:
+        name, *arguments = operation
+        model = Model()
+        modelled = PolledDomain(model, vcpus=VCPUS, masked=masked)
+        for v in modelled.vcpus:
+            v.evtchn_upcall_mask.initial = int(upcalls_masked[v.vcpu_id])
+        for variable in model.variables:
+            variable.initial = values.get(variable.name, variable.initial)  # type: ignore[assignment]
+        if name == "poll":
+            vcpu, polled = arguments
+            if d.vcpus[vcpu].polling:
+                continue  # it sleeps
+            sched.do_poll(d.vcpus[vcpu], polled)
+            model.thread("poll", do_poll, modelled.vcpus[vcpu], polled, may_wait=True)
+        elif name == "send":
+            (port,) = arguments
+            evtchn.send(d, port)
+            model.thread("send", evtchn_2l_set_pending, modelled.vcpus[notified[port - 1]], port)
+        else:
+            (vcpu,) = arguments
+            d.vcpus[vcpu].end_poll()
+            model.thread("timer", poll_timer_fn, modelled.vcpus[vcpu])
+        end = one_by_one(model)
+        assert bool(end.waiting) == (name == "poll" and d.vcpus[arguments[0]].polling)
+        values = {variable.name: end[variable] for variable in model.variables}
+        assert end[modelled.evtchn_pending] == mem[d.shared_info + SHARED_INFO_EVTCHN_PENDING]
+        for v, real in zip(modelled.vcpus, d.vcpus, strict=True):
+            assert (end[v.blocked], end[modelled.poll_mask] >> v.vcpu_id & 1) == (real.polling, real.polling)
+            assert end[v.poll_evtchn] == (real.poll_port if real.polling else 0)
+            assert end[v.evtchn_upcall_pending] == mem[real.info]
+            assert end[v.evtchn_pending_sel] == mem[real.info + VCPU_INFO_PENDING_SEL]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_whoever_wakes_a_vcpu_wakes_it_again(again: bool) -> None:
+    """vcpu_unblock() takes a vCPU out of poll_mask: if that has woken and polls anew, it isn't found there any more."""
+    model = Model(order="tso")
+    d = PolledDomain(model, vcpus=1, masked=0b010, unblocks_again=again)
+    (v,) = d.vcpus
+    v.evtchn_upcall_mask.initial = 1
+
+    def poller() -> Thread:
+        # As a guest's spinlock does: woken by anything, it looks and polls again.
+        for _ in range(3):
+            yield from do_poll(v, (1,))
+            if (yield d.evtchn_pending.read()) & 0b010:
+                return
+
+    model.thread("vCPU 0, SCHEDOP_poll", poller, may_wait=True)
+    model.thread("an upcall", vcpu_mark_events_pending, v)
+    model.thread("a sender to port 1", evtchn_2l_set_pending, v, 1)
+    model.at_end(lambda end: lost(v, (1,), end.values))
+    result = explore(model)
+    if again:
+        assert result.failure is None
+        assert result.complete
+    else:
+        assert result.failure is not None
+        assert result.failure.message == "v0 sleeps until port 1 is pending, and it is"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (Code(), None),
+        (
+            Code(orders_locks=False),
+            "deadlock: d1 closes (takes d2.event_lock), d2 closes (takes d1.event_lock), "
+            "d2 closes and binds (takes d2.event_lock), d3 binds (takes d2.event_lock)",
+        ),
+        (Code(looks_again=False), "d2 closes: BUG_ON: the other end isn't bound"),
+    ],
+)
+def test_both_ends_are_closed_at_once(code: Code, message: str | None) -> None:
+    """And one of them is bound anew, to a third domain: why evtchn_close() does what it does with its locks."""
+    model = Model()
+    xen = Xen(model, code)
+    d1, d2, d3 = (xen.domain(domid, ports=2) for domid in (1, 2, 3))
+    d1.bound(1, ECS_INTERDOMAIN, (2, 1))
+    d2.bound(1, ECS_INTERDOMAIN, (1, 1))
+
+    def closer(d: Domain) -> Thread:
+        rc = yield from channels.evtchn_close(d, 1)
+        assert rc in (0, -Errno.EINVAL)
+
+    def rebinder() -> Thread:
+        rc = yield from channels.evtchn_close(d2, 1)
+        if rc == 0:
+            yield from channels.evtchn_alloc_unbound(d2, 3)
+
+    def third() -> Thread:
+        port = yield from channels.evtchn_bind_interdomain(d3, 2, 1)
+        assert port in (1, -Errno.EINVAL)
+
+    model.thread("d1 closes", closer, d1)
+    model.thread("d2 closes", closer, d2)
+    model.thread("d2 closes and binds", rebinder)
+    model.thread("d3 binds", third)
+
+    def judge(end: End) -> str | None:
+        for d in (d1, d2, d3):
+            channel = d.channels[1]
+            if end[channel.state] == ECS_INTERDOMAIN:
+                domid, port = end[channel.u]
+                other = xen.domains[domid].channels[port]
+                if end[other.state] != ECS_INTERDOMAIN or end[other.u] != (d.domid, 1):
+                    return f"d{d.domid}'s port is bound to one that isn't bound to it"
+            if end[d.active_evtchns] != (end[channel.state] > ECS_RESERVED):
+                return f"d{d.domid} counts {end[d.active_evtchns]}"
+        return None
+
+    model.at_end(judge)
+    result = explore(model)
+    assert (result.failure.message if result.failure is not None else None) == message
+    assert result.complete or message is not None
