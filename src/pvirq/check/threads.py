@@ -253,6 +253,12 @@ def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashabl
 def _freeze(value: Any) -> Hashable:
     if isinstance(value, _PLAIN):
         return (type(value), value) if isinstance(value, (bool, float)) else value
+    if isinstance(value, types.FunctionType):
+        # One that the thread itself defines is another at each run, and the same function.
+        if value.__closure__ is None and value.__defaults__ is None and value.__kwdefaults__ is None:
+            return value.__code__
+        parts = value.__defaults__, value.__kwdefaults__, value.__closure__
+        return (value.__code__, *map(_freeze, parts))
     if isinstance(value, (list, tuple)):
         return (type(value), *map(_freeze, value))
     if isinstance(value, (set, frozenset)):

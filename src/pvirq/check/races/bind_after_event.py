@@ -105,5 +105,6 @@ RACE = Race(
         "bind_event_channel() goes there: the pending bit is cleared, and nothing is left of the event. With the cure "
         "empty_callback() notes it, and who binds a handler asks for what was missed."
     ),
+    # The other fault of bind_event_channel() is "bound-in-halves".
     model=lambda fault: zephyr(missed=not fault, locked=True),
 )

@@ -44,10 +44,10 @@ RACE = Race(
     cured="109e8177fd (4.15)",
     story=(
         "SCHEDOP_block sets the vCPU's flag that it is blocked, and then looks for events, so that who makes one "
-        "pending later finds the flag. Where setting a bit is no barrier, as it isn't on ARM, the look may come first: "
-        "the sender finds no flag, the vCPU no event, and it sleeps. The cure is a barrier between the two. (On x86 the "
-        "bit is set by a locked instruction. The flag is a plain store here, which is enough for x86's order to show "
-        "it.)"
+        "pending later finds the flag. Where setting a bit is no barrier, as it isn't on ARM, the look may come "
+        "first: the sender finds no flag, the vCPU no event, and it sleeps. The cure is a barrier between the two. "
+        "(On x86 the bit is set by a locked instruction. The flag is a plain store here, which is enough for x86's "
+        "order to show it.)"
     ),
     model=model,
 )

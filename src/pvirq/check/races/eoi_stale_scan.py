@@ -22,11 +22,11 @@ RACE = Race(
     cured="",
     story=(
         "As the affinity changes two CPUs have found an event, and the old one handles it. The new one is held up "
-        "before it looks at is_active, until the process gives the EOI. The EOI resets is_active; the new CPU takes the "
-        "event (once more, which does no harm) and masks its port for that EOI; and the first EOI goes on and unmasks "
-        "it. The next event comes while is_active is set, and is left alone; the second EOI finds the port unmasked, "
-        "and Xen notifies nobody. Nobody has been seen to meet it, and it isn't cured. It is gone here where is_active "
-        "is changed under the lock that the unmasking takes."
+        "before it looks at is_active, until the process gives the EOI. The EOI resets is_active; the new CPU takes "
+        "the event (once more, which does no harm) and masks its port for that EOI; and the first EOI goes on and "
+        "unmasks it. The next event comes while is_active is set, and is left alone; the second EOI finds the port "
+        "unmasked, and Xen notifies nobody. Nobody has been seen to meet it, and it isn't cured. It is gone here "
+        "where is_active is changed under the lock that the unmasking takes."
     ),
     model=model,
 )

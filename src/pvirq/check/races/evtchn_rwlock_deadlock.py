@@ -81,7 +81,7 @@ def _free_irq(evtchn: EvtchnLock) -> Thread:
 RACE = Race(
     name="evtchn-rwlock-deadlock",
     title="two readers of a rwlock, a writer between them, and a second lock make a deadlock",
-    where="Linux 5.10-6.5, drivers/xen/events/events_base.c: evtchn_rwlock; drivers/tty/hvc/hvc_console.c: __hvc_poll()",
+    where="Linux 5.10-6.5, drivers/xen/events/events_base.c: evtchn_rwlock, and hvc_console.c: __hvc_poll()",
     brought="073d0552ead5 (5.10)",
     cured="87797fad6cce (6.6, XSA-441)",
     story=(

@@ -74,10 +74,10 @@ RACE = Race(
     brought="e95e6f176c61 (4.2)",
     cured="2ac2a7d4d9ff, a856531951dc (4.20), d3132b3860f6 (5.0)",
     story=(
-        "A vCPU that waits for a spinlock clears the pending bit of its kicker's port, looks at the lock once more, and "
-        "polls the port. The lock is released and the kick comes after the look; an interrupt before the poll waits for "
-        "another lock in the same way, and clears the pending bit first. The poll of the outer wait finds nothing, and "
-        "never ends. The cure clears the bit instead of polling where it is set, and in no nested wait."
+        "A vCPU that waits for a spinlock clears the pending bit of its kicker's port, looks at the lock once more, "
+        "and polls the port. The lock is released and the kick comes after the look; an interrupt before the poll "
+        "waits for another lock in the same way, and clears the pending bit first. The poll of the outer wait finds "
+        "nothing, and never ends. The cure clears the bit instead of polling where it is set, and in no nested wait."
     ),
     model=model,
 )
