@@ -7,7 +7,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvirq.abi.errno import Errno, XenError
@@ -301,6 +301,17 @@ at_once = st.one_of(
 )
 
 
+# A port is closed and taken anew while somebody sends to it, from either end; both ends are closed at once.
+IPI = [("bind_ipi", 0, 0)]
+PAIR = [("alloc_unbound", 1, 0), ("bind_interdomain", 0, 1, 1)]
+
+
+@example(IPI, [("send", 0, 1), ("close", 0, 1), ("alloc_unbound", 0, 1)])
+@example(IPI, [("poll", 0, 1), ("close", 0, 1), ("bind_virq", 0, VIRQ_TIMER, 0)])
+@example([("bind_virq", 0, VIRQ_TIMER, 0)], [("virq", 0, VIRQ_TIMER, 0), ("close", 0, 1), ("bind_ipi", 0, 0)])
+@example(PAIR, [("send", 0, 1), ("close", 1, 1), ("bind_ipi", 1, 0)])
+@example(PAIR, [("close", 0, 1), ("close", 1, 1), ("send", 0, 1)])
+@example(PAIR[:1], [PAIR[1], ("close", 1, 1), ("send", 1, 1)])
 @given(st.lists(operations, max_size=6), st.lists(at_once, min_size=2, max_size=3))
 def test_ports_at_once(before: list[Operation], concurrent: list[Operation]) -> None:
     """Whatever the schedule, results and states are those of some order."""
