@@ -1,7 +1,10 @@
 """The checker: protocols between CPUs as small programs, and explorers of all their schedules (docs/check.md)."""
 
+from pvirq.check.cores import explore_all
+from pvirq.check.pct import PctResult, pct
 from pvirq.check.result import Failure, Result
-from pvirq.check.search import explore
+from pvirq.check.search import count_schedules, explore
+from pvirq.check.shortest import shorten
 from pvirq.check.steps import (
     Broken,
     End,
@@ -22,6 +25,7 @@ from pvirq.check.steps import (
 from pvirq.check.threads import ModelError
 
 __all__ = [
-    "Broken", "End", "Failure", "Lock", "Model", "ModelError", "Result", "Step", "Thread", "Var", "atomically",
-    "choose", "explore", "fail", "look", "mb", "note", "rmb", "wmb",
+    "Broken", "End", "Failure", "Lock", "Model", "ModelError", "PctResult", "Result", "Step", "Thread", "Var",
+    "atomically", "choose", "count_schedules", "explore", "explore_all", "fail", "look", "mb", "note", "pct", "rmb",
+    "shorten", "wmb",
 ]  # fmt: skip

@@ -393,7 +393,7 @@ class Reduced:
             # Who is to take a lock comes after all that is done while others hold it.
             writer |= (mode is Mode.TAKE) << thing
             reader |= (mode is Mode.SHARE) << thing
-        thread = self._thread(touch) if writer | reader else -1
+        thread = self.system.thread(touch.process) if writer | reader else -1
         checks = [self._kind(thing, (mode, writer, reader, thread)) for thing, mode in touch.may]
         after: list[int] = []
         sets: list[int] = []
@@ -476,9 +476,4 @@ class Reduced:
         if mode not in _RACES[later]:
             return False
         writers, readers = touch.held
-        return not (writer & (writers | readers) or reader & writers) or thread == self._thread(touch)
-
-    def _thread(self, touch: Touch) -> int:
-        """Whose move it is: a buffer's are its thread's, which holds the same locks as it itself does."""
-        process, system = touch.process, self.system
-        return process if process < system.threads else system.buffers[process - system.threads].thread
+        return not (writer & (writers | readers) or reader & writers) or thread == self.system.thread(touch.process)

@@ -34,6 +34,7 @@ def explore(
     watch = Watch(max_states, on_progress, on_end)
     try:
         while True:
+            system.strict = reduce
             try:
                 if reduce:
                     Reduced(system, result, watch).run()
@@ -49,6 +50,37 @@ def explore(
     finally:
         result.seconds = time.perf_counter() - begin
     return result
+
+
+def count_schedules(model: Model, *, max_states: int = 1_000_000) -> int | None:
+    """How many schedules a model has: what brute force would have to run. None where there is no end of them, or more
+    than `max_states` states. (A state where something is broken is an end.)"""
+    system = System(model)
+    counts: dict[State, int] = {}
+    open_: set[State] = set()
+    way: list[tuple[State, list[Move]]] = [(system.initial, system.moves(system.initial))]
+    while way:
+        state, moves = way[-1]
+        if state in counts:
+            way.pop()
+            continue
+        if state not in open_:
+            if len(counts) + len(open_) >= max_states:
+                return None
+            open_.add(state)
+            if not moves or system.broken(state) is not None:
+                counts[state] = 1
+        if state not in counts:
+            left = [after for _, after in moves if after not in counts]
+            if left:
+                if any(after in open_ for after in left):
+                    return None
+                way.append((left[0], system.moves(left[0])))
+                continue
+            counts[state] = sum(counts[after] for _, after in moves)
+        open_.discard(state)
+        way.pop()
+    return counts[system.initial]
 
 
 def choice_of(moves: list[Move], position: int) -> tuple[int, int]:

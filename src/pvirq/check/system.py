@@ -100,6 +100,7 @@ class System:
         self.threads = len(model.programs)
         self.variables = len(model.variables)
         self.wild = 0  # mask of locks that are variables like others
+        self.strict = False  # to raise where another one turns out to be: what moves touch has to be right
         self._touches: dict[Hashable, Touch] = {}
         self._invariants: list[list[int]] = [[] for _ in model.variables]  # of each variable, as things
         for number, invariant in enumerate(model.invariants):
@@ -221,7 +222,9 @@ class System:
                 single = len(step.writes) == len(step.reads) == 1
                 fine = value == after or (single and _legal(value, after, place.held, bit))
             if not fine:
-                raise WildLock(bit)
+                if self.strict:
+                    raise WildLock(bit)
+                self.wild |= bit
 
     # -- what is wrong ---------------------------------------------------------------------------------------------
 
@@ -268,10 +271,13 @@ class System:
 
     # -- for people ------------------------------------------------------------------------------------------------
 
+    def thread(self, process: int) -> int:
+        """Whose process it is: a buffer's are its thread's."""
+        return process if process < self.threads else self.buffers[process - self.threads].thread
+
     def process_name(self, process: int) -> str:
         """The thread's; a buffer has its thread's name."""
-        thread = process if process < self.threads else self.buffers[process - self.threads].thread
-        return self.model.programs[thread].name
+        return self.model.programs[self.thread(process)].name
 
     def describe(self, state: State, process: int) -> str:
         """What a process does next from a state, in words."""

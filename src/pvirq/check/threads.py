@@ -33,13 +33,16 @@ class Place:
     """
 
     __slots__ = (
-        "broken", "edges", "generator", "held", "history", "key", "line", "look", "number", "outcomes", "step",
-        "thread",
+        "broken", "edges", "generator", "held", "history", "key", "line", "look", "number", "origin", "outcomes",
+        "step", "thread",
     )  # fmt: skip
 
-    def __init__(self, thread: ThreadAutomaton, number: int, history: tuple[Any, ...], held: Held) -> None:
+    def __init__(
+        self, thread: ThreadAutomaton, number: int, origin: Place | None, history: tuple[Any, ...], held: Held
+    ) -> None:
         self.thread = thread
         self.number = number
+        self.origin = origin  # the place before
         self.history = history  # the results with which a new generator comes here
         self.held = held
         self.step: Step | None = None
@@ -95,12 +98,12 @@ class ThreadAutomaton:
 
     def _arrive(self, history: tuple[Any, ...], origin: Place | None, held: Held) -> Place:
         """Where the results in `history` lead."""
-        place = Place(self, self.count, history, held)
+        place = Place(self, self.count, origin, history, held)
         try:
             if origin is not None and origin.generator is not None:
                 generator, origin.generator = origin.generator, None
             else:
-                generator = self._again(history[:-1], origin)
+                generator = self._again(origin)
             step = generator.send(history[-1] if history else None)
         except StopIteration:
             return self._met(("end", held), place)
@@ -117,7 +120,7 @@ class ThreadAutomaton:
         while isinstance(inner.gi_yieldfrom, types.GeneratorType):
             inner = inner.gi_yieldfrom
         place.line = f"{inner.gi_code.co_filename.rpartition('/')[2]}:{inner.gi_frame.f_lineno}"
-        key = frozen(generator)
+        key = frozen(generator, step)
         found = self._met(("history", history) if key is None else (key, held), place)
         if found is place:
             place.generator = generator
@@ -125,20 +128,24 @@ class ThreadAutomaton:
             generator.close()
         return found
 
-    def _again(self, history: tuple[Any, ...], origin: Place | None) -> Any:
+    def _again(self, origin: Place | None) -> Any:
         """A new generator at the place `origin`, or at the beginning."""
         generator = self.program.run()
         if not isinstance(generator, types.GeneratorType):
             raise ModelError(f"{self.program.name} isn't a generator: it has no yield")
-        if origin is not None:
-            step = None
+        way = []
+        place = origin
+        while place is not None:
+            way.append(place)
+            place = place.origin
+        results = () if origin is None else (None, *origin.history)
+        for place, value in zip(reversed(way), results, strict=True):
             try:
-                for value in (None, *history):
-                    step = generator.send(value)
+                step = generator.send(value)
             except Exception as error:
-                raise self._changed(origin) from error
-            if not isinstance(step, Step) or _shape(step) != _shape(origin.step):
-                raise self._changed(origin)
+                raise self._changed(place) from error
+            if not isinstance(step, Step) or _shape(step) != _shape(place.step):
+                raise self._changed(place)
         return generator
 
     def _met(self, key: Hashable, place: Place) -> Place:
@@ -149,7 +156,7 @@ class ThreadAutomaton:
         return found
 
     def _broken(self, place: Place, error: BaseException) -> Place:
-        found = Place(self, self.count, place.history, place.held)
+        found = Place(self, self.count, place, place.history, place.held)
         found.broken = str(error) or _assertion(error)
         found.line = place.line
         return self._met(("broken", found.broken), found)
@@ -187,7 +194,7 @@ def _held(held: Held, step: Step, before: tuple[Any, ...], after: tuple[Any, ...
     return writer & ~bit, reader & ~bit
 
 
-def _shape(step: Step | None) -> object:
+def _shape(step: Step | None) -> Hashable:
     return step and (step.kind, step.reads, step.writes, step.text, step.choices)
 
 
@@ -205,7 +212,7 @@ class _Opaque(Exception):
     """Nobody can tell what state is in it."""
 
 
-_PLAIN = (int, str, bytes, bool, float, type(None), types.FunctionType, types.CodeType, types.BuiltinFunctionType, type)
+_PLAIN = (int, str, bytes, bool, float, type(None), types.CodeType, types.BuiltinFunctionType, type)
 _ITERATORS: list[Iterator[Any]] = [
     iter(range(1)), iter(range(1 << 70)), iter([]), iter(()), iter(""), iter(dict.fromkeys(())),
     reversed([]), enumerate([]), zip(),
@@ -213,14 +220,17 @@ _ITERATORS: list[Iterator[Any]] = [
 _ITERATOR_TYPES = tuple(map(type, _ITERATORS))
 
 
-def frozen(generator: types.GeneratorType[Any, Any, Any]) -> Hashable | None:
+def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashable | None:
     """All that tells the state of a suspended generator from another of the same program; None: that can't be told.
+
+    What it computed may be in the step that it has yielded, and nowhere else.
 
     The collector's view of a frame has what f_locals lacks: the interpreter's stack. (A `for` over a list is at a
     position there; `f((yield a), (yield b))` keeps the first result there.)
     """
-    parts: list[Hashable] = []
+    parts: list[Hashable] = [_shape(step)]
     try:
+        parts += [_freeze(step.do), _freeze(step.when)]
         inner: Any = generator
         while inner is not None:
             if not isinstance(inner, types.GeneratorType):
@@ -252,6 +262,13 @@ def _freeze(value: Any) -> Hashable:
         return (dict, *((_freeze(key), _freeze(entry)) for key, entry in value.items()))
     if isinstance(value, _ITERATOR_TYPES):
         return (type(value), _freeze(value.__reduce__()[1:]))
+    if isinstance(value, types.FunctionType):
+        if vars(value):
+            raise _Opaque
+        kept = (value.__closure__, value.__defaults__, value.__kwdefaults__)
+        return (value.__code__, value.__module__, *map(_freeze, kept))
+    if isinstance(value, types.MethodType):
+        return (types.MethodType, _freeze(value.__func__), _freeze(value.__self__))
     if isinstance(value, types.CellType):
         try:
             return ("cell", _freeze(value.cell_contents))
