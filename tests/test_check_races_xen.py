@@ -29,6 +29,7 @@ SYMPTOMS = {
     ),
     "consumer-freed": ("vm_event_resume() uses the domain's ring after it was freed",),
     "poll-barrier": ("v0 sleeps until port 1 is pending, and it is", "v1 sleeps until port 1 is pending, and it is"),
+    "poll-mask-freed": ("poll_timer_fn() follows d->poll_mask, which is NULL",),
     "poll-upcall": ("v0 sleeps, and an upcall is due",),
     "send-after-unlock": ("d2's port 1 is d3's to send to, and has an event of d1's",),
     "virq-handler-bound": (

@@ -38,7 +38,7 @@ def model(fault: bool) -> Model:
 RACE = Race(
     name="xsa-221-poll",
     title="SCHEDOP_poll follows a NULL pointer to a port's bucket",
-    where="Xen 4.4-4.9, xen/common/schedule.c: do_poll()",
+    where="Xen 4.4-4.8, xen/common/schedule.c: do_poll()",
     brought="fbbd5009e6 (4.4)",
     cured="e7719a0dfa (4.10), XSA-221",
     story=(
