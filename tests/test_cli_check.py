@@ -69,7 +69,8 @@ def test_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[check_driver.py:" in capsys.readouterr().out
 
 
-def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "96")
     page = (ROOT / "docs" / "check.md").read_text()
     shown = re.findall(r"^    \$ pvirq (check [^\n]*)\n((?:    [^\n]*\n|\n)+)", page, re.MULTILINE)
     assert len(shown) >= 2
@@ -80,6 +81,22 @@ def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> N
         assert [line.rstrip() for line in printed.split("\n")] == [line.rstrip() for line in wanted.split("\n")][
             : len(printed.split("\n"))
         ]
+
+
+def test_the_page_has_all_races() -> None:
+    page = (ROOT / "docs" / "check.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert rows == [(name, race.title, race.brought or "-", race.cured or "-") for name, race in races().items()]
+
+
+def test_a_known_race_is_found_and_its_cure_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "fifo-control-block"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"with the fault: found: .* which isn't", out)
+    assert re.search(r"cured: clean: [\d,]+ states", out)
+    assert run(["check", "fifo-control-block", "--fault", "on", "--explain"]) == 0
+    assert "XSA-358" in capsys.readouterr().out
+    assert run(["check", "fifo-control-block", "--fault", "on", "--max-states", "3"]) == 3
 
 
 def test_a_schedule_kept_and_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
