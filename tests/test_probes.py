@@ -28,7 +28,7 @@ class Everything(Instrument):
         self.records: list[Record] = []
 
     def hooks(self) -> dict[str, Any]:
-        names = [name for name in vars(Instrument) if not name.startswith("_") and name != "hooks"]
+        names = [name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed")]
         return dict.fromkeys(names, self.records.append)
 
     def names(self) -> list[str]:

@@ -314,7 +314,7 @@ def test_a_long_trace_is_written_as_it_goes(host: Host, tmp_path: Path, monkeypa
 
         def look() -> bool:
             nonlocal most
-            most = max(most, len(trace._recorder.records))
+            most = max(most, len(trace._recorder.events))
             return done.done
 
         host.run(look)

@@ -91,6 +91,7 @@ class RunLoop:
         """A real guest, the first of which brings the clock its counter."""
         if not self._machines:
             self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
+            self.clock.steady = machine.engine.counted
             self.hypervisor.probes.refresh()  # they may have a clock to look at now that runs
         self._machines[machine.domain.domid] = machine
         self.clock.on_offset(machine.engine.set_tsc_offset)

@@ -1,10 +1,11 @@
-"""A trace's lines, made of what was recorded: JSON objects with their keys in the order of docs/lab-trace.md.
+"""The lines of a trace's events: JSON objects with their keys in the order of docs/lab-trace.md.
+
+Most lines are alike but for a few numbers: the time, the flow, a hypercall's arguments. What stays the same of one is a
+`Shape`, made once and kept by whoever records the event (`pvirq.lab.recorder`); what is rare goes through `json`, when
+its line is wanted. `pvirq.lab.chunks` makes text of shapes and numbers.
 
 Flows: an event that becomes pending gets a number; whoever raises it again before it is handled gets the same, and so
 does the interrupt that handles it.
-
-There is a line for each record, and many are alike but for their time. So what is often needed is kept as text, and
-lines are put together of that; what is rare goes through `json`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi import sched
-from pvirq.xen.probes import COALESCED, LOST, WAITING, Action
+from pvirq.xen.probes import COALESCED, LOST, WAITING, Action, Record
 
 if TYPE_CHECKING:
     from pvirq.lab.recorder import Binding
@@ -36,7 +37,41 @@ REASONS: Final = {
 }
 # With these, what is pending on the port already is the same event.
 _ONE_WITH: Final = frozenset((COALESCED, WAITING))
-MOST_KEPT: Final = 100_000  # texts of one kind that are kept
+MOST_KEPT: Final = 100_000  # shapes of one kind that are kept
+
+# What a shape leaves to be found out when its line is made.
+NEW_FLOW: Final = 0  # the event's flow, which begins with it
+SAME_FLOW: Final = 1  # the flow of what is pending already
+HANDLED: Final = 2  # the flow that ends with it, if there is one
+RARE: Final = 3  # all of it: a record is among the values
+
+
+class Flow:
+    """What is pending on a port."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number: int | str = ""  # "": nothing
+
+
+class Shape:
+    """A line but for what differs from one event to the next.
+
+    `text` is what stands behind the line's time and `"k":"`, to be formatted with %; "" where there is no line. Of the
+    recorded values a shape takes `takes`: first the time, if it is `timed` (else the line has that of the one before),
+    then those that go into its text, `numbers` of them, then others. `late` is what its last % stands for, if that
+    isn't among the values, with the flow in question. `ends`: it is often the last of several that come together.
+    """
+
+    __slots__ = ("ends", "late", "numbers", "takes", "text", "timed")
+
+    def __init__(
+        self, text: str, timed: bool, *, takes: int = 0, numbers: int = 0, late: tuple[int, Flow] | None = None,
+        ends: bool = False,
+    ) -> None:  # fmt: skip
+        self.text, self.timed, self.takes, self.numbers = text, timed, takes + timed, numbers
+        self.late, self.ends = late, ends
 
 
 def binding(t: int, domid: int, port: int, what: Binding) -> str:
@@ -70,128 +105,95 @@ def handler_name(handler: object) -> str:
     return str(getattr(handler, "__qualname__", type(handler).__qualname__))
 
 
-class Lines:
-    """Makes lines of records, one list of records after the other."""
+class Shapes:
+    """The shapes of one trace's lines, and the flows that are open in it."""
 
-    def __init__(self, t: int) -> None:
-        """`t` is when the first begin, in ns."""
-        self._t = t
-        self._lines: list[str] = []
-        self._flows: dict[tuple[int, int], int] = {}  # what is pending, by domain and port
-        self._last_flow = 0
-        self._hypercalls: list[int] = []  # the lines of those under way: several where they are a multicall's
-        self._vcpus: dict[Vcpu, str] = {}
-        self._rows: dict[tuple[Any, ...], str] = {}
-        self._same: dict[
-            tuple[Any, ...], str
-        ] = {}  # what records come to that hang on nothing else, by what is in them
-        # Of each record: how many items follow its name, what makes of them all behind the line's time, and whether the
-        # same items are always the same text.
-        self._makers: dict[str, tuple[int, Callable[..., str], bool]] = {
-            "raised": (4, self._raise, False), "irq_entry": (4, self._entry, False), "irq_exit": (3, _exit, True),
-            "upcall": (1, partial(_of_vcpu, "upcall"), True), "run": (1, partial(_of_vcpu, "run"), True),
-            "stop": (2, _stop, True), "woken": (1, partial(_of_vcpu, "wake"), True),
-            "unmasked": (4, self._unmask, False), "eoi": (4, _eoi, True), "hypercall": (3, self._hypercall, False),
-            "hypercall_done": (3, self._hypercall_done, False), "bound": (3, self._bind, False),
-            "closed": (2, self._close, False), "created": (1, self._created, False),
-            "shut_down": (2, self._shutdown, False), "ended": (1, self._ended, False), "noted": (3, self._note, False),
+    def __init__(self) -> None:
+        self._shapes: dict[tuple[Record, bool], Shape] = {}
+        self._calls: dict[tuple[Vcpu, str, int], tuple[Shape, Shape]] = {}
+        self._flows: dict[tuple[int, int], Flow] = {}  # by domain and port
+        late = RARE, Flow()
+        self.rare: Final = Shape("%s", False, takes=1, late=late), Shape("%s", True, takes=1, late=late)
+        self.jump: Final = Shape("", True)
+        self._makers: dict[str, Callable[..., Shape]] = {
+            "raised": self._raise, "irq_entry": self._entry, "irq_exit": _exit, "upcall": partial(_of_vcpu, "upcall"),
+            "run": partial(_of_vcpu, "run"), "stop": _stop, "woken": partial(_of_vcpu, "wake"), "eoi": _eoi,
+        }  # fmt: skip
+        self._rare: dict[str, Callable[..., str]] = {
+            "unmasked": self._unmask, "bound": self._bind, "closed": self._close, "created": self._created,
+            "shut_down": self._shutdown, "ended": self._ended, "noted": self._note,
         }  # fmt: skip
 
-    def of(self, records: Sequence[Any]) -> list[str]:
-        """The lines that records come to: the items of whole turns, as `pvirq.lab.recorder` puts them down."""
-        makers, same = self._makers, self._same
-        lines = self._lines = []
-        add = lines.append
-        head = f'{{"t":{self._t},"k":"'
-        at, end = 0, len(records)
-        while at < end:
-            name = records[at]
-            if name.__class__ is int:
-                self._t = name
-                head = f'{{"t":{name},"k":"'
-                at += 1
-                continue
-            count, make, alike = makers[name]
-            behind = at + 1 + count
-            if alike:
-                key = tuple(records[at:behind])
-                text = same.get(key)
-                if text is None:
-                    if len(same) > MOST_KEPT:
-                        same.clear()
-                    text = same[key] = make(*key[1:])
-            else:
-                text = make(*records[at + 1 : behind])
-            if text:
-                add(head + text)
-            at = behind
-        self._hypercalls.clear()
-        return lines
+    def of(self, record: Record, timed: bool) -> Shape:
+        """Of an event that comes again and again: all but "hypercall" and what is `rare`."""
+        shape = self._shapes.get((record, timed))
+        if shape is None:
+            if len(self._shapes) > MOST_KEPT:
+                self._shapes.clear()
+            shape = self._shapes[record, timed] = self._makers[record[0]](timed, *record[1:])
+        return shape
 
-    def _who(self, vcpu: Vcpu) -> str:
-        """A vCPU as every line of its has it."""
-        text = self._vcpus.get(vcpu)
-        if text is None:
-            if len(self._vcpus) > MOST_KEPT:
-                self._vcpus.clear()
-            text = self._vcpus[vcpu] = _who(vcpu)
-        return text
+    def of_hypercall(self, vcpu: Vcpu, name: str, arguments: int) -> tuple[Shape, Shape]:
+        """Of a hypercall with so many arguments: while there is no result, and with one, which is the last value."""
+        key = vcpu, name, arguments
+        shapes = self._calls.get(key)
+        if shapes is None:
+            if len(self._calls) > MOST_KEPT:
+                self._calls.clear()
+            text = f'hypercall",{_who(vcpu)},"op":"{_plain(name)}","args":[{",".join(["%d"] * arguments)}]'
+            shapes = self._calls[key] = (
+                Shape(text + "}\n", True, takes=arguments + 1, numbers=arguments),
+                Shape(text + ',"r":%d}\n', True, takes=arguments + 1, numbers=arguments + 1),
+            )
+        return shapes
 
-    def _raise(self, vcpu: Vcpu, channel: Channel, outcome: str, by: Vcpu | None) -> str:
-        port = channel.port
-        cause = '"xen"' if by is None else f"[{by.domain.domid},{by.vcpu_id}]"
-        key = vcpu.domain.domid, port
-        flow = self._flows.get(key) if outcome in _ONE_WITH else None
+    def rare_text(self, record: Record) -> str:
+        """The line of a record that has no shape of its own, behind its time."""
+        return self._rare[record[0]](*record[1:])
+
+    def _flow(self, domid: int, port: int) -> Flow:
+        key = domid, port
+        flow = self._flows.get(key)
         if flow is None:
-            if outcome == LOST:
-                return f'raise",{self._who(vcpu)},"p":{port},"out":"{outcome}","by":{cause}}}\n'
-            flow = self._last_flow = self._last_flow + 1
-            self._flows[key] = flow
-        return f'raise",{self._who(vcpu)},"p":{port},"out":"{outcome}","by":{cause},"flow":{flow}}}\n'
+            flow = self._flows[key] = Flow()
+        return flow
 
-    def _entry(self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Action]) -> str:
-        row = self._rows.get((port, irq, actions))
-        if row is None:
-            row = self._row(port, irq, actions)
-        flow = self._flows.pop((vcpu.domain.domid, port), "")
-        return f'irq",{self._who(vcpu)},"ph":"B",{row},"flow":[{flow}]}}\n'
+    def _pending(self, domid: int, port: int) -> int | None:
+        flow = self._flows.get((domid, port))
+        return flow.number if flow is not None and isinstance(flow.number, int) else None
 
-    def _row(self, port: int, irq: int, actions: Sequence[Action]) -> str:
+    def _raise(self, timed: bool, vcpu: Vcpu, channel: Channel, outcome: str, by: Vcpu | None) -> Shape:
+        cause = '"xen"' if by is None else f"[{by.domain.domid},{by.vcpu_id}]"
+        text = f'raise",{_who(vcpu)},"p":{channel.port},"out":"{outcome}","by":{cause}'
+        if outcome == LOST:
+            return Shape(text + "}\n", timed)
+        flow = self._flow(vcpu.domain.domid, channel.port)
+        return Shape(text + ',"flow":%d}\n', timed, late=(SAME_FLOW if outcome in _ONE_WITH else NEW_FLOW, flow))
+
+    def _entry(self, timed: bool, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Action]) -> Shape:
         what: Event = {"irq": irq} if irq >= 0 else {}
         what["p"] = port
         if actions:
             what["name"] = ", ".join(action.name for action in actions)
             what["handler"] = ", ".join(handler_name(action.handler) for action in actions)
-        if len(self._rows) > MOST_KEPT:
-            self._rows.clear()
-        row = self._rows[port, irq, actions] = encode(what)[1:-1]
-        return row
+        text = f'irq",{_who(vcpu)},"ph":"B",{_plain(encode(what)[1:-1])},"flow":[%s]}}\n'
+        return Shape(text, timed, late=(HANDLED, self._flow(vcpu.domain.domid, port)))
+
+    # What is rare.
 
     def _unmask(self, vcpu: Vcpu, channel: Channel, pending: bool, by: Vcpu | None) -> str:
         event: Event = {"p": channel.port, "pending": pending}
         event["by"] = "xen" if by is None else [by.domain.domid, by.vcpu_id]
-        flow = self._flows.get((vcpu.domain.domid, channel.port)) if pending else None
+        flow = self._pending(vcpu.domain.domid, channel.port) if pending else None
         if flow is not None:
             event["flow"] = flow
-        return f'unmask",{self._who(vcpu)},{encode(event)[1:]}\n'
-
-    def _hypercall(self, vcpu: Vcpu, name: str, arguments: Sequence[int]) -> str:
-        self._hypercalls.append(len(self._lines))
-        numbers = ",".join(map(str, arguments))
-        return f'hypercall",{self._who(vcpu)},"op":"{name}","args":[{numbers}]}}\n'
-
-    def _hypercall_done(self, vcpu: Vcpu, name: str, result: int | None) -> str:
-        if self._hypercalls:
-            at = self._hypercalls.pop()
-            if result is not None:
-                self._lines[at] = f'{self._lines[at][:-2]},"r":{result}}}\n'
-        return ""
+        return f'unmask",{_who(vcpu)},{encode(event)[1:]}\n'
 
     def _bind(self, domain: Domain, port: int, what: Binding) -> str:
         return _behind_time("bind", _binding(domain.domid, port, what))
 
     def _close(self, domain: Domain, port: int) -> str:
-        self._flows.pop((domain.domid, port), None)
+        self._flow(domain.domid, port).number = ""
         return _behind_time("close", {"d": domain.domid, "p": port})
 
     def _created(self, domain: Domain) -> str:
@@ -201,20 +203,27 @@ class Lines:
         return _behind_time("end", {"d": domain.domid, "why": REASONS.get(reason, f"reason {reason}")})
 
     def _ended(self, domain: Domain) -> str:
-        for key in [key for key in self._flows if key[0] == domain.domid]:
-            del self._flows[key]
-        self._same.clear()  # it is to be forgotten
-        for vcpu in domain.vcpus:
-            self._vcpus.pop(vcpu, None)
+        for (domid, _), flow in self._flows.items():
+            if domid == domain.domid:
+                flow.number = ""
+        # It is to be forgotten.
+        self._shapes.clear()
+        self._calls.clear()
         return _behind_time("end", {"d": domain.domid, "why": "destroyed"})
 
     def _note(self, kind: str, vcpu: Vcpu | None, fields: Event) -> str:
         event: Event = {} if vcpu is None else {"d": vcpu.domain.domid, "v": vcpu.vcpu_id}
         event |= fields
-        flow = self._flows.get((event.get("d", -1), event.get("p", -1)))
-        if flow is not None:
-            event.setdefault("flow", flow)
+        if "p" in event:
+            flow = self._pending(event.get("d", -1), event["p"])
+            if flow is not None:
+                event.setdefault("flow", flow)
         return _behind_time(kind, event)
+
+
+def _plain(text: str) -> str:
+    """Text as % leaves it."""
+    return text.replace("%", "%%")
 
 
 def _behind_time(kind: str, event: Event) -> str:
@@ -225,23 +234,23 @@ def _who(vcpu: Vcpu) -> str:
     return f'"d":{vcpu.domain.domid},"v":{vcpu.vcpu_id}'
 
 
-def _of_vcpu(kind: str, vcpu: Vcpu) -> str:
-    return f'{kind}",{_who(vcpu)}}}\n'
+def _of_vcpu(kind: str, timed: bool, vcpu: Vcpu) -> Shape:
+    return Shape(f'{kind}",{_who(vcpu)}}}\n', timed)
 
 
-def _stop(vcpu: Vcpu, why: str) -> str:
-    return f'stop",{_who(vcpu)},"why":"{why}"}}\n'
+def _stop(timed: bool, vcpu: Vcpu, why: str) -> Shape:
+    return Shape(f'stop",{_who(vcpu)},"why":"{why}"}}\n', timed, ends=True)
 
 
-def _exit(vcpu: Vcpu, port: int, irq: int) -> str:
+def _exit(timed: bool, vcpu: Vcpu, port: int, irq: int) -> Shape:
     line = f'"irq":{irq},"p":{port}' if irq >= 0 else f'"p":{port}'
-    return f'irq",{_who(vcpu)},"ph":"E",{line}}}\n'
+    return Shape(f'irq",{_who(vcpu)},"ph":"E",{line}}}\n', timed)
 
 
-def _eoi(vcpu: Vcpu, port: int, irq: int, spurious: bool) -> str:
+def _eoi(timed: bool, vcpu: Vcpu, port: int, irq: int, spurious: bool) -> Shape:
     line = f'eoi",{_who(vcpu)}'
     if irq >= 0:
         line += f',"irq":{irq}'
     if port >= 0:
         line += f',"p":{port}'
-    return line + (',"spurious":true}\n' if spurious else "}\n")
+    return Shape(line + (',"spurious":true}\n' if spurious else "}\n"), timed)

@@ -1,24 +1,29 @@
 """What a trace writes down while domains run: as little as can be, for every event passes through here.
 
-All goes into one flat list: the items of the records that instruments are told (`pvirq.xen.probes.Record`), one after
-the other, objects as they are; a record begins with its name. A number in such a place is the time of all that follows.
-`pvirq.lab.lines` makes lines of them later. Without a counter (modelled domains alone) time stands still between two
-jumps of the clock, and then nothing but `list.extend` puts records there. A list of records would be more work: of many
-tuples that stay, the garbage collector wants to know each time.
+An event is one item, its line's shape (`pvirq.lab.lines`), made when it happened for the first time, and known since to
+who tells of it; times and other numbers go into a second list. `pvirq.lab.chunks` makes lines of both later. Nothing is
+allocated that way, of which the garbage collector would want to know.
+
+A time is recorded only where it may have gone on. Without a counter (modelled domains alone) it stands still between
+two jumps of the clock. Where it counts what guests execute, it goes on in the turns of real guests, from one of their
+exits to the next, and stands still in those of modelled ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pvirq.lab.chunks import Chunks
+from pvirq.lab.lines import Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
-from pvirq.xen.probes import Instrument, Record, Tell
+from pvirq.xen.probes import Instrument, Once, Record, Tell, keep
 
 if TYPE_CHECKING:
-    from pvirq.xen.domain import Domain, Hypervisor
+    from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 
-FULL: Final = 1 << 19  # items: of more than that, events are made at the end of a real guest's turn, or at a jump
+FULL: Final = 1 << 16  # events: of more, lines are made at the end of a real guest's turn, or when time jumps
 
 # The kinds of a trace's events, and the hooks that they come from.
 HOOKS: Final = {
@@ -63,40 +68,22 @@ def describe(channel: Channel) -> Binding:
 
 
 class Recorder(Instrument):
-    """Writes down what happens on a host, in `records`.
+    """Writes down what happens on a host, until somebody `take`s it.
 
     `kinds` are those that are wanted (HOOKS); the rest costs nothing. `on_full` is called between two turns when there
-    are many records, to take them away.
+    are many events, to take them away.
     """
 
     def __init__(self, hypervisor: Hypervisor, kinds: Collection[str], on_full: Callable[[], None]) -> None:
         self._hypervisor = hypervisor
         self._wanted = {hook for kind in kinds for hook in HOOKS[kind]} | {"noted", "jumped"}
         self._on_full = on_full
-        self.records: list[Any] = []
-
-    def hooks(self) -> Mapping[str, Tell]:
-        """What is told is put down as it is, behind its time, where that may have changed since."""
-        records, now, probes = self.records, self._hypervisor.clock.now, self._hypervisor.probes
-        append, extend = records.append, records.extend
-
-        def timed(record: Record) -> None:
-            append(now())
-            extend(record)
-
-        def woken(record: Record) -> None:
-            if probes.current is None:
-                append(now())  # a timer's
-            extend(record)  # else it stands behind what woke it
-
-        counts = self._hypervisor.clock.counts
-        hooks: dict[str, Tell] = dict.fromkeys(self._wanted, timed if counts else extend)
-        own: dict[str, Tell] = {"bound": self._bound, "closed": self._closed, "jumped": self._jumped}
-        if counts:
-            own |= {"stop": self._stopped, "hypercall_done": extend}
-            if "raised" in self._wanted:
-                own["woken"] = woken
-        return hooks | {name: own[name] for name in own if name in hooks}
+        self._shapes = Shapes()
+        self._chunks = Chunks(hypervisor.clock.now(), self._shapes)
+        self.events: list[Shape] = []
+        self._values: list[Any] = []
+        self._calls: list[tuple[int, int, Shape]] = []  # hypercalls under way, several where they are a multicall's:
+        # where they are in `events`, where their results are to be, and what they are when they have one
 
     def begin(self) -> None:
         """From now on."""
@@ -106,15 +93,168 @@ class Recorder(Instrument):
         """No more."""
         self._hypervisor.probes.remove(self)
 
-    def _stopped(self, record: Record) -> None:
-        self.records += (self._hypervisor.clock.now(), *record)
-        if len(self.records) > FULL:
-            self._on_full()
+    def take(self) -> str:
+        """The lines of what has happened since the last time."""
+        text = self._chunks.text(self.events, self._values)
+        self.events.clear()
+        self._values.clear()
+        self._calls.clear()
+        return text
+
+    # -- what is told --------------------------------------------------------------------------------------------------
+
+    def hooks(self) -> Mapping[str, Tell]:
+        hooks: dict[str, Tell] = {}
+        clock = self._hypervisor.clock
+        own: dict[str, Tell] = {
+            "hypercall": self._hypercall(), "hypercall_done": self._hypercall_done(), "bound": self._bound,
+            "closed": self._closed, "jumped": self._jumped,
+        }  # fmt: skip
+        for name in self._wanted:
+            if name in own:
+                hooks[name] = own[name]
+            elif name in ("unmasked", "created", "shut_down", "ended", "noted"):
+                hooks[name] = self._rare()
+            else:
+                hooks[name] = self._again()
+        if clock.steady and "stop" not in hooks:
+            hooks["stop"] = self._time_passed  # what comes between two turns has none of its own
+        return hooks
+
+    def fixed(self, record: Record) -> Once | None:
+        """What is told again and again becomes its shape here, and all that is left to do is to put that down."""
+        name = record[0]
+        if name not in self._wanted or name in ("hypercall", "hypercall_done"):
+            return None
+        clock, probes = self._hypervisor.clock, self._hypervisor.probes
+        append, put, now = self.events.append, self._values.append, clock.now
+        timed = clock.counts and not (clock.steady and self._at_once(record))
+        shape = self._shapes.of(record, timed)
+        if not timed:
+            return partial(append, shape)
+
+        def told() -> None:
+            try:
+                put(now())
+                append(shape)
+            except BaseException:
+                self._realign()
+                raise
+
+        if name == "stop":
+            return self._stopping(told)
+        if name != "woken" or "raised" not in self._wanted:
+            return told
+        behind = self._shapes.of(record, False)
+
+        def woken() -> None:
+            if probes.current is None:
+                told()  # a timer's
+            else:
+                append(behind)  # what woke it
+
+        return woken
+
+    def _at_once(self, record: Record) -> bool:
+        """Has no time passed since the last event, where a guest's execution is all that takes any?"""
+        name = record[0]
+        if name in ("run", "woken"):
+            return name == "run" or "raised" in self._wanted
+        who: Vcpu | None = record[4] if name == "raised" else record[1]
+        return who is None or who.domain.label.kind == "modelled"
+
+    def _again(self) -> Tell:
+        """Of events that come again and again, from who has only a record of them."""
+        said: dict[Record, Once] = {}
+
+        def tell(record: Record) -> None:
+            try:
+                once = said[record]
+            except KeyError:
+                fixed = self.fixed(record)
+                assert fixed is not None
+                once = keep(said, fixed, record)
+            once()
+
+        return tell
+
+    def _stopping(self, told: Once) -> Once:
+        """A turn is over: the moment to look how much there is."""
+        events, on_full, full = self.events, self._on_full, FULL
+
+        def stop() -> None:
+            told()
+            if len(events) > full:
+                on_full()
+
+        return stop
+
+    def _time_passed(self, record: Record) -> None:
+        if not self._at_once(record):
+            self._put_time(self._hypervisor.clock.now())
 
     def _jumped(self, record: Record) -> None:
-        self.records.append(record[1])
-        if len(self.records) > FULL and self._hypervisor.probes.current is None:
+        self._put_time(record[1])
+        if len(self.events) > FULL and self._hypervisor.probes.current is None:
             self._on_full()
+
+    def _put_time(self, t: int) -> None:
+        try:
+            self._values.append(t)
+            self.events.append(self._shapes.jump)
+        except BaseException:
+            self._realign()
+            raise
+
+    def _realign(self) -> None:
+        """Ctrl-C has come between an event and what belongs to it."""
+        del self._values[sum(shape.takes for shape in self.events) :]
+
+    def _hypercall(self) -> Tell:
+        events, values, calls, now = self.events, self._values, self._calls, self._hypervisor.clock.now
+        of_hypercall = self._shapes.of_hypercall
+
+        def told(record: Record) -> None:
+            _, vcpu, name, arguments = record
+            without, done = of_hypercall(vcpu, name, len(arguments))
+            try:
+                values.extend((now(), *arguments, 0))
+                events.append(without)
+            except BaseException:
+                self._realign()
+                raise
+            calls.append((len(events) - 1, len(values) - 1, done))
+
+        return told
+
+    def _hypercall_done(self) -> Tell:
+        events, values, calls = self.events, self._values, self._calls
+
+        def told(record: Record) -> None:
+            if calls:  # else it began before the trace, or before its events were taken
+                event, result, done = calls.pop()
+                if record[3] is not None:
+                    values[result] = record[3]
+                    events[event] = done
+
+        return told
+
+    def _rare(self) -> Tell:
+        timed = self._hypervisor.clock.counts
+
+        def told(record: Record) -> None:
+            self._put_rare(record, timed)
+
+        return told
+
+    def _put_rare(self, record: Record, timed: bool) -> None:
+        """What comes seldom, or may be different each time, is put into words later."""
+        try:
+            self._values.extend((self._hypervisor.clock.now(), record) if timed else (record,))
+            self.events.append(self._shapes.rare[timed])
+        except BaseException:
+            self._realign()
+            raise
 
     # What is not to be looked at later, for it changes.
 
@@ -129,9 +269,9 @@ class Recorder(Instrument):
 
     def _closed(self, record: Record) -> None:
         _, domain, port, remote, remote_port = record
-        self.records += (self._hypervisor.clock.now(), "closed", domain, port)
+        self._put_rare(("closed", domain, port), True)
         if remote is not None:
             self._bind(remote, remote_port, describe(remote.evtchn.port(remote_port)))
 
     def _bind(self, domain: Domain, port: int, what: Binding) -> None:
-        self.records += (self._hypervisor.clock.now(), "bound", domain, port, what)
+        self._put_rare(("bound", domain, port, what), True)

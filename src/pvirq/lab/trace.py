@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from pvirq.lab.lines import Event, Lines, about, binding, encode
+from pvirq.lab.lines import Event, about, binding, encode
 from pvirq.lab.recorder import HOOKS, Recorder, describe
 
 if TYPE_CHECKING:
@@ -57,9 +57,8 @@ class Trace:
         self._hypervisor = hypervisor = host.hypervisor
         start = hypervisor.clock.now()
         self._recorder = Recorder(hypervisor, kinds, self.flush)
-        self._lines = Lines(start)
-        self._kept: list[str] = []  # lines
-        self._parsed: list[Event] = []  # the events of the first of them
+        self._kept: list[str] = []  # lines, many in one string
+        self._parsed: list[Event] = []  # the events of those that were in `_kept`
         self._hash = hashlib.sha256()
         self._against = against
         self._file: BinaryIO | None = None if self.path is None else self.path.open("wb")
@@ -75,12 +74,12 @@ class Trace:
         self._write(encode(self.header) + "\n")
         if "bind" in kinds:
             self._take(
-                [
+                "".join(
                     binding(start, domain.domid, channel.port, describe(channel))
                     for domain in domains
                     for channel in domain.evtchn
                     if channel.usable
-                ]
+                )
             )
 
     def mark(self, text: str) -> None:
@@ -89,18 +88,15 @@ class Trace:
 
     def flush(self) -> None:
         """Make events of what was recorded, and write them to the file, if there is one."""
-        records = self._recorder.records
-        if records:
-            self._take(self._lines.of(records))
-            records.clear()
+        if self._recorder.events:
+            self._take(self._recorder.take())
 
-    def _take(self, lines: list[str]) -> None:
-        text = "".join(lines)
+    def _take(self, text: str) -> None:
         self._hash.update(text.encode())
         if self._against is not None:
-            self._against.compare([line for line in lines if line])
+            self._against.compare(text.splitlines(keepends=True))
         if self._file is None:
-            self._kept += text.splitlines()
+            self._kept.append(text)
         else:
             self._write(text)
 
@@ -114,7 +110,7 @@ class Trace:
         self._against = None
         if self.path is not None and self._open:
             with self.path.open("rb") as file:
-                self._kept = file.read(self._written).decode().splitlines()[1:]
+                self._kept = [file.read(self._written).decode().partition("\n")[2]]
             self._file = self.path = None
 
     def close(self) -> None:
@@ -142,7 +138,9 @@ class Trace:
         """All events until now, with the keys that they have in the file; without a file, always the same objects."""
         self.flush()
         if self.path is None:
-            self._parsed += map(json.loads, self._kept[len(self._parsed) :])
+            for text in self._kept:
+                self._parsed += map(json.loads, text.splitlines())
+            self._kept.clear()
             return self._parsed
         with self.path.open(encoding="ascii") as file:
             next(file)

@@ -44,7 +44,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Probes, nothing, put
+from pvirq.xen.probes import Probes, keep, put
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -449,14 +449,21 @@ class EventsBase:
 
     def probe(self, probes: Probes) -> None:
         """In front of late EOIs; what is in front of interrupts, `upcall_entry` puts there."""
-        told, late = probes.on_eoi, self.lateeoi
-        if told is None:
+        late = self.lateeoi
+        if probes.on_eoi is None:
             put(late, "eoi", None)
             return
         eoi, vcpus, kernel = MethodType(type(late).eoi, late), self.domain.vcpus, self.kernel
+        said: dict[Any, Any] = {}
 
         def told_eoi(info: IrqInfo, spurious: bool) -> None:
-            told(("eoi", vcpus[kernel.cpu], info.evtchn or -1, info.desc.irq, spurious))
+            try:
+                told = said[info][info.evtchn][kernel.cpu][spurious]
+            except KeyError:
+                cpu, port = kernel.cpu, info.evtchn
+                told = probes.fixed("eoi", vcpus[cpu], port or -1, info.desc.irq, spurious)
+                keep(said, told, info, port, cpu, spurious)
+            told()
             eoi(info, spurious)
 
         put(late, "eoi", told_eoi)
@@ -466,8 +473,8 @@ class EventsBase:
         probes = self.domain.hypervisor.probes
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return handle
-        entry, leave = probes.on_irq_entry or nothing, probes.on_irq_exit or nothing
         find, vcpu = self._evtchn_to_irq.get, self.domain.vcpus[cpu]
+        said: dict[Any, Any] = {}
 
         def told(port: int) -> None:
             info = find(port)
@@ -475,12 +482,18 @@ class EventsBase:
                 handle(port)
                 return
             desc = info.desc
-            irq = desc.irq
-            entry(("irq_entry", vcpu, port, irq, () if desc.disabled or desc.in_progress else desc.actions))
+            try:
+                entry, leave = said[info][port][desc.disabled or desc.in_progress][desc.actions]
+            except KeyError:
+                silent, actions = desc.disabled or desc.in_progress, desc.actions
+                entry = probes.fixed("irq_entry", vcpu, port, desc.irq, () if silent else actions)
+                leave = probes.fixed("irq_exit", vcpu, port, desc.irq)
+                keep(said, (entry, leave), info, port, silent, actions)
+            entry()
             try:
                 handle(port)
             finally:
-                leave(("irq_exit", vcpu, port, irq))
+                leave()
 
         return told
 

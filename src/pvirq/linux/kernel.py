@@ -190,13 +190,13 @@ class Kernel(Generic[P]):
 
     def _upcall_entry(self, cpu: int) -> Callable[[], object]:
         upcall = self.events.upcall_entry(cpu)
-        told = self.domain.hypervisor.probes.on_upcall
-        if told is None:
+        probes = self.domain.hypervisor.probes
+        if probes.on_upcall is None:
             return upcall
-        record = "upcall", self.domain.vcpus[cpu]
+        told = probes.fixed("upcall", self.domain.vcpus[cpu])
 
         def told_upcall() -> None:
-            told(record)
+            told()
             upcall()
 
         return told_upcall

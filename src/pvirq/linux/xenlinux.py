@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -22,7 +23,7 @@ from pvirq.linux.xenlinux_evtchn import XenLinuxEvtchnUser
 from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_VIRQ, XenLinuxPorts
 from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState, Ways
 from pvirq.xen import evtchn
-from pvirq.xen.probes import nothing
+from pvirq.xen.probes import Once, keep
 
 # As whose interrupt instruments see the event of a port that has none.
 _DEVICE: Final = (IrqAction(lambda irq, dev_id: IRQ_HANDLED, 0, "evtchn", None),)
@@ -218,9 +219,17 @@ class XenLinux(XenLinuxPorts):
         probes = self.domain.hypervisor.probes
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return find, do_irq, device
-        entry, leave = probes.on_irq_entry or nothing, probes.on_irq_exit or nothing
         vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
         latest = 0
+        said: dict[Any, Any] = {}
+
+        def ends(port: int, irq: int) -> tuple[Once, Once]:
+            desc = descs.get(irq)
+            status, actions = (desc.status & disabled, desc.actions) if desc is not None else (0, ())
+            entry = probes.fixed("irq_entry", vcpu, port, irq, () if status else actions)
+            return keep(said, (entry, probes.fixed("irq_exit", vcpu, port, irq)), port, irq, status, actions)
+
+        device_entry, device_exit = partial(probes.fixed, "irq_entry", vcpu), partial(probes.fixed, "irq_exit", vcpu)
 
         def told_find(port: int) -> int | None:
             nonlocal latest
@@ -229,18 +238,21 @@ class XenLinux(XenLinuxPorts):
 
         def told_irq(irq: int) -> None:
             port = latest
-            desc = descs.get(irq)
-            actions = desc.actions if desc is not None and not desc.status & disabled else ()
-            entry(("irq_entry", vcpu, port, irq, actions))
+            try:
+                desc = descs[irq]
+                entry, leave = said[port][irq][desc.status & disabled][desc.actions]
+            except KeyError:
+                entry, leave = ends(port, irq)
+            entry()
             try:
                 do_irq(irq)
             finally:
-                leave(("irq_exit", vcpu, port, irq))
+                leave()
 
         def told_device(port: int) -> None:
-            entry(("irq_entry", vcpu, port, -1, _DEVICE))
+            device_entry(port, -1, _DEVICE)()
             device(port)
-            leave(("irq_exit", vcpu, port, -1))
+            device_exit(port, -1)()
 
         return told_find, told_irq, told_device
 

@@ -17,8 +17,10 @@ from pvirq.xen.probes import (
     POLLING,
     SLICE,
     YIELDED,
+    Once,
     Probes,
     Tell,
+    keep,
     nothing,
     put,
 )
@@ -77,22 +79,29 @@ class ProbedGuest:
         put(guest, "run", self._told_run(probes) if probes.tells_turns else None)
         self._probe_hypercalls(probes)
         for cpu in guest.cpus:
-            put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes.on_upcall))
+            put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes))
         self._probe_irqs(probes)
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
         guest = self._guest
         run = MethodType(type(guest).run, guest)
-        begin, end = probes.on_run or nothing, probes.on_stop or nothing
+        said: dict[Any, Any] = {}
+
+        def told(vcpu: Vcpu, record: str, *why: str) -> Once:
+            try:
+                once: Once = said[vcpu][why]
+            except KeyError:
+                once = keep(said, probes.fixed(record, vcpu, *why), vcpu, why)
+            return once
 
         def in_front(vcpu: Vcpu, until_ticks: int | None) -> None:
             before, probes.current = probes.current, vcpu
-            begin(("run", vcpu))
+            told(vcpu, "run")()
             try:
                 run(vcpu, until_ticks)
             finally:
                 probes.current = before
-                end(("stop", vcpu, self._why(vcpu)))
+                told(vcpu, "stop", self._why(vcpu))()
 
         return in_front
 
@@ -145,15 +154,15 @@ class ProbedGuest:
         self._watching = True
 
 
-def _told_upcall(cpu: PvVcpu, told: Tell) -> Callable[[int], int]:
+def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
     deliver: Callable[[int], int] = MethodType(type(cpu).deliver_events, cpu)
     vcpu, mem = cpu.vcpu, cpu.domain.machine.mem
-    record = "upcall", vcpu
+    told = probes.fixed("upcall", vcpu)
 
     def in_front(rip: int) -> int:
         info = vcpu.info
         if mem[info] and not mem[info + 1]:
-            told(record)
+            told()
         return deliver(rip)
 
     return in_front

@@ -7,7 +7,9 @@ guests.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import SHARED_INFO_EVTCHN_MASK_32, VCPU_INFO_PENDING_SEL_32
@@ -18,6 +20,7 @@ from pvirq.xen.sched import check_pollers, mark_events_pending
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
+    from pvirq.xen.probes import Probes
 
 
 class TwoLevel:
@@ -65,6 +68,28 @@ class TwoLevel:
         if self._mem[self._pending + at] & bit:
             return probes.COALESCED
         return probes.MASKED if self._mem[self._mask + at] & bit else probes.PENDING
+
+    def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
+        """`set_pending`, after telling instruments what it will come to: by what tells that for these bits."""
+        set_pending, mem = MethodType(TwoLevel.set_pending, self), self._mem
+        said: dict[Channel, tuple[int, int, int, dict[Any, Any]]] = {}
+
+        def told(vcpu: Vcpu, channel: Channel) -> None:
+            try:
+                pending, mask, bit, tells = said[channel]
+                tell = tells[vcpu][instruments.current][mem[pending] & bit][mem[mask] & bit]
+            except KeyError:
+                at, bit, by = channel.port >> 3, 1 << (channel.port & 7), instruments.current
+                pending, mask = self._pending + at, self._mask + at
+                tell = instruments.fixed("raised", vcpu, channel, self.outcome(vcpu, channel), by)
+                if len(said) >= probes.MOST_SAID:
+                    said.clear()
+                tells = said.setdefault(channel, (pending, mask, bit, {}))[3]
+                probes.keep(tells, tell, vcpu, by, mem[pending] & bit, mem[mask] & bit)
+            tell()
+            set_pending(vcpu, channel)
+
+        return told
 
     def _select(self, vcpu: Vcpu, port: int) -> None:
         """Point the vCPU at the word of `port`, and at its events if that is news."""

@@ -11,7 +11,9 @@ succeeds, and BUSY, which only the retries set, is at most cleared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import (
@@ -35,6 +37,7 @@ from pvirq.xen.sched import check_pollers
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
+    from pvirq.xen.probes import Once, Probes
 
 PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
@@ -68,6 +71,7 @@ class Fifo:
         self._array: list[int] = []  # pages of event words, as index into u32 of their first word
         self._control: list[int] = [0] * len(domain.vcpus)  # control blocks likewise; 0: none yet
         self._tails = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
+        self._said: dict[Channel, tuple[int, dict[Any, Any]]] = {}  # where ports have their flags, what tells of them
 
     @staticmethod
     def check_offset(offset: int) -> None:
@@ -98,6 +102,7 @@ class Fifo:
                 self._unmap_guest_page(at)
         self._control = [0] * len(self._control)
         self._array = []
+        self._said.clear()
 
     def _map_guest_page(self, mfn: int) -> int:
         """Hold a page of the domain's own with a writable type reference; return where it is in u32.
@@ -184,6 +189,35 @@ class Fifo:
         if flags & FLAG_PENDING:
             return probes.COALESCED
         return probes.MASKED if flags & FLAG_MASKED else probes.PENDING
+
+    def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
+        """`set_pending`, after telling instruments what it will come to: by what tells that for these flags."""
+        set_pending, mem, said = MethodType(Fifo.set_pending, self), self._mem, self._said
+        said.clear()
+
+        def told(vcpu: Vcpu, channel: Channel) -> None:
+            try:
+                at, tells = said[channel]
+                tell = tells[vcpu][instruments.current][mem[at]]
+            except KeyError:
+                tell = self._tell_pending(instruments, vcpu, channel)
+            tell()
+            set_pending(vcpu, channel)
+
+        return told
+
+    def _tell_pending(self, instruments: Probes, vcpu: Vcpu, channel: Channel) -> Once:
+        """What tells of an event that is to be raised now; kept, where the port has its flags already."""
+        outcome, by = self.outcome(vcpu, channel), instruments.current
+        tell = instruments.fixed("raised", vcpu, channel, outcome, by)
+        if outcome not in (probes.WAITING, probes.LOST):
+            if channel not in self._said:
+                if len(self._said) >= probes.MOST_SAID:
+                    self._said.clear()
+                self._said[channel] = (self._word(channel.port) << 2) + 3, {}
+            at, tells = self._said[channel]
+            probes.keep(tells, tell, vcpu, by, self._mem[at])
+        return tell
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.

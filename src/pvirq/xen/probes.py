@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
@@ -47,6 +47,8 @@ Deadline = Callable[["Vcpu", int], int]
 Record = Sequence[Any]
 """What a hook is told: its name, its arguments, and for `raised` and `unmasked` who did it (`Probes.current`)."""
 Tell = Callable[[Record], object]
+Once = Callable[[], object]
+"""Tells one and the same record, each time that it is called (`Probes.fixed`)."""
 
 
 class Action(Protocol):
@@ -74,6 +76,13 @@ class Instrument:
         """
         names = [name for name in _HOOKS if getattr(type(self), name) is not getattr(Instrument, name)]
         return {name: _call(name, getattr(self, name)) for name in names}
+
+    def fixed(self, record: Record) -> Once | None:
+        """What is to be called for a record that will be told again and again; None: its hook, with the record.
+
+        So that an instrument can have done beforehand what there is to do with it.
+        """
+        return None
 
     def raised(self, vcpu: Vcpu, channel: Channel, outcome: str) -> None:
         """An event was raised on `channel`, towards `vcpu` of its domain; `outcome` is one of the five above.
@@ -141,12 +150,29 @@ class Instrument:
         """Virtual time has jumped to `now`, in ns; without a counter (modelled domains only) it has no other way."""
 
 
-_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name != "hooks")
+_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed"))
 
 
 def _call(name: str, method: Callable[..., None]) -> Tell:
     end = getattr(Instrument, name).__code__.co_argcount
     return lambda record: method(*record[1:end])
+
+
+K = TypeVar("K")
+MOST_SAID: Final = 100_000  # of what is kept by `keep`
+
+
+def keep(said: dict[Any, Any], once: K, *keys: object) -> K:
+    """Keep what tells a record by what that hangs on: a dict a key, one in the other.
+
+    Those are exact dicts because CPython looks those up faster by far than others, or one with tuples.
+    """
+    if len(said) >= MOST_SAID:
+        said.clear()
+    for key in keys[:-1]:
+        said = said.setdefault(key, {})
+    said[keys[-1]] = once
+    return once
 
 
 class Probed(Protocol):
@@ -191,6 +217,7 @@ class Probes:
         self.current: Vcpu | None = None
         self._waker: Callable[[Vcpu], None] | None = None  # the hypervisor's on_wake, where something is in front of it
         self._covered = False
+        self._hooks: list[tuple[Instrument, Mapping[str, Tell]]] = []
         for name in _HOOKS:
             setattr(self, f"on_{name}", None)
 
@@ -241,14 +268,31 @@ class Probes:
             return
         self._covered = bool(self.instruments or self.filters)
         told: dict[str, list[Tell]] = {name: [] for name in _HOOKS}
-        for instrument in self.instruments:
-            for name, tell in instrument.hooks().items():
+        self._hooks = [(instrument, instrument.hooks()) for instrument in self.instruments]
+        for _, hooks in self._hooks:
+            for name, tell in hooks.items():
                 told[name].append(tell)
         for name, tells in told.items():
             setattr(self, f"on_{name}", tells[0] if len(tells) == 1 else _all_of(tells) if tells else None)
         self._cover_hypervisor()
         for domain in self._hypervisor.domains.values():
             self._cover_domain(domain)
+
+    def fixed(self, *record: Any) -> Once:
+        """What tells a record, for who tells it again and again: good until instruments come or go."""
+        tells = [
+            instrument.fixed(record) or partial(hooks[record[0]], record)
+            for instrument, hooks in self._hooks
+            if record[0] in hooks
+        ]
+        if len(tells) == 1:
+            return tells[0]
+
+        def tell() -> None:
+            for each in tells:
+                each()
+
+        return tell if tells else say_nothing
 
     @property
     def tells_turns(self) -> bool:
@@ -297,21 +341,14 @@ class Probes:
 
     def _door(self, ops: TwoLevel | Fifo) -> Callable[[Vcpu, Channel], None]:
         """What stands in front of `set_pending`: each event passes it, so without filters it is as short as can be."""
-        told, outcome = self.on_raised, ops.outcome
-        set_pending = MethodType(type(ops).set_pending, ops)
-        if self.filters or told is None:
+        if not self.filters:
+            return ops.told_set_pending(self)
 
-            def door(vcpu: Vcpu, channel: Channel) -> None:
-                for filter in self.filters:
-                    if filter(vcpu, channel):
-                        return
-                self.raise_event(ops, vcpu, channel)
-
-        else:
-
-            def door(vcpu: Vcpu, channel: Channel) -> None:
-                told(("raised", vcpu, channel, outcome(vcpu, channel), self.current))
-                set_pending(vcpu, channel)
+        def door(vcpu: Vcpu, channel: Channel) -> None:
+            for filter in self.filters:
+                if filter(vcpu, channel):
+                    return
+            self.raise_event(ops, vcpu, channel)
 
         return door
 
@@ -343,28 +380,37 @@ class Probes:
 
     def turn(self, run: Callable[[Vcpu], None]) -> Callable[[Vcpu], None]:
         """What stands in front of a modelled vCPU's turn."""
-        begin, end = self.on_run or nothing, self.on_stop or nothing
+        said: dict[Vcpu, tuple[Once, Once]] = {}
 
         def turn(vcpu: Vcpu) -> None:
+            try:
+                begin, end = said[vcpu]
+            except KeyError:
+                begin, end = said[vcpu] = self.fixed("run", vcpu), self.fixed("stop", vcpu, DONE)
             before, self.current = self.current, vcpu
-            begin(("run", vcpu))
+            begin()
             try:
                 run(vcpu)
             finally:
                 self.current = before
-                end(("stop", vcpu, DONE))
+                end()
 
         return turn
 
     def _cover_hypervisor(self) -> None:
-        hypervisor, told = self._hypervisor, self.on_woken
+        hypervisor = self._hypervisor
         if self._waker is not None:
             hypervisor.on_wake, self._waker = self._waker, None
-        if told is not None:
+        if self.on_woken is not None:
             wake = self._waker = hypervisor.on_wake
+            said: dict[Vcpu, Once] = {}
 
             def in_front(vcpu: Vcpu) -> None:
-                told(("woken", vcpu))
+                try:
+                    told = said[vcpu]
+                except KeyError:
+                    told = keep(said, self.fixed("woken", vcpu), vcpu)
+                told()
                 wake(vcpu)
 
             hypervisor.on_wake = in_front
@@ -377,6 +423,10 @@ class Probes:
 
 def nothing(record: Record) -> None:
     """Stands where nobody wants to be told."""
+
+
+def say_nothing() -> None:
+    """The same where there is always the same record."""
 
 
 def _told_init(domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Channel], None]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from pvirq.lab import reduce
-from pvirq.lab.lines import Lines
 from pvirq.lab.recorder import HOOKS, Recorder
 from pvirq.schedule import ANSWER, DELAYS, NEXT, ORDER, SLICES, Schedule
 from pvirq.xen.timer import NS_PER_S
@@ -151,15 +150,13 @@ class Tail:
 
     def __init__(self, host: Host, lines: int) -> None:
         self._last: deque[str] = deque(maxlen=lines)
-        self._lines = Lines(host.clock.now())
         # A kernel's hypercalls for its memory would leave no room for events.
         kinds = [kind for kind in HOOKS if kind != "hypercall"]
         self._recorder = Recorder(host.hypervisor, kinds, self._take)
         self._recorder.begin()
 
     def _take(self) -> None:
-        self._last.extend("".join(self._lines.of(self._recorder.records)).splitlines())
-        self._recorder.records.clear()
+        self._last.extend(self._recorder.take().splitlines())
 
     def end(self) -> None:
         """Record nothing any more."""
