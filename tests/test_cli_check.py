@@ -20,6 +20,7 @@ LOST = "the driver sleeps for ever, with 2 responses in the ring"
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "96")
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -69,8 +70,7 @@ def test_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[check_driver.py:" in capsys.readouterr().out
 
 
-def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "96")
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "check.md").read_text()
     shown = re.findall(r"^    \$ pvirq (check [^\n]*)\n((?:    [^\n]*\n|\n)+)", page, re.MULTILINE)
     assert len(shown) >= 2
