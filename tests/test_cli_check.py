@@ -20,7 +20,7 @@ LOST = "the driver sleeps for ever, with 2 responses in the ring"
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "96")
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
