@@ -37,8 +37,6 @@ FOUND = {
     "upcall-starvation": "CPU: port 1 has waited for 3 others, and waits on",
     "word-starvation": "CPU: port 2 has waited for 3 others, and waits on",
 }  # fmt: skip
-# Searched without reduction in a few seconds.
-SMALL = set(FOUND) - {"eoi-stale-scan", "rebind-unmasked"}
 
 
 def ends(model: Model, *, reduce: bool) -> set[tuple[object, ...]]:
@@ -67,12 +65,10 @@ def test_race_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_cured_is_clean_and_reduction_loses_nothing(name: str) -> None:
     model = races()[name].model
-    found = ends(model(False), reduce=True)
-    if name in SMALL:
-        assert found == ends(model(False), reduce=False)
+    assert ends(model(False), reduce=True) == ends(model(False), reduce=False)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL - {"upcall-starvation", "word-starvation"}))
+@pytest.mark.parametrize("name", FOUND)
 def test_race_is_found_without_reduction(name: str) -> None:
     assert explore(races()[name].model(True), reduce=False).failure is not None
 
