@@ -22,6 +22,7 @@ FOUND = {
         "guest: empty_callback takes a handler's data for an entry, and writes beyond events_missed"
     ),
     "enable-then-block": "the guest sleeps for ever, and a thread of its is runnable",
+    "eoi-in-progress": AGAIN,
     "eoi-stale-scan": LOST,
     "evtchn-rwlock-deadlock": (
         "deadlock: CPU 1: event loop (takes hvc_lock), CPU 2: khvcd (takes evtchn_rwlock as a reader), "
