@@ -358,3 +358,31 @@ def test_a_lock_given_back_by_who_does_not_hold_it_is_a_failure() -> None:
         failure = explore(model).failure
         assert failure is not None
         assert failure.message == f"t: lock is {words} nobody holds it{' so' if read else ''}"
+
+
+def calls(word: Var, step: Callable[[], Thread]) -> Thread:
+    yield from step()
+    yield word.read()
+
+
+def test_a_function_that_a_thread_defines_is_the_same_at_each_run() -> None:
+    """And another where it was made with something else."""
+
+    def program(word: Var, differs: bool) -> Thread:
+        chosen = yield choose(2)
+        value = chosen if differs else 0
+        del chosen
+
+        def step() -> Thread:
+            yield word.write(value)
+
+        yield word.write(5)
+        yield from calls(word, step)
+
+    def states(differs: bool) -> int:
+        model = Model()
+        model.thread("t", program, model.var("v"), differs)
+        return explore(model, reduce=False).states
+
+    # From the choice on there is one way, or there are two.
+    assert (states(False), states(True)) == (5, 9)

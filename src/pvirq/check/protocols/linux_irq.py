@@ -34,12 +34,14 @@ class Active(enum.Enum):
 
 @dataclass(frozen=True)
 class Code:
-    """The state of the code: whether a masked port keeps the reasons why, what is_active does, and whether the chip is
-    xen-dyn-lateeoi, or xen-dyn."""
+    """The state of the code: whether a masked port keeps the reasons why, what is_active does, whether the chip is
+    xen-dyn-lateeoi or xen-dyn, and whether an event that is left to the CPU that runs the handler waits for an EOI
+    (which it doesn't in any Linux)."""
 
     mask_reasons: bool
     is_active: Active
     late_eoi: bool = True
+    left_waits: bool = False
 
 
 LINUX_3_13: Final = Code(False, Active.NONE, late_eoi=False)
@@ -130,12 +132,12 @@ def ack(irq: Irq) -> Thread:
 
 
 def mask_ack(irq: Irq) -> Thread:
-    """mask_ack_dynirq, lateeoi_mask_ack_dynirq: no EOI will come for it."""
+    """mask_ack_dynirq, lateeoi_mask_ack_dynirq: no EOI is thought to come for it."""
     if irq.code.mask_reasons:
-        yield from do_mask(irq, MASK_EXPLICIT)
+        yield from do_mask(irq, MASK_EXPLICIT | (MASK_EOI_PENDING if irq.code.left_waits else 0))
     else:
         yield from mask_evtchn(irq.info, irq.port)
-    if irq.code.is_active is not Active.NONE:
+    if irq.code.is_active is not Active.NONE and not irq.code.left_waits:
         yield irq.is_active.write(0).saying("resets is_active")
     yield from clear_evtchn(irq.info, irq.port)
 
