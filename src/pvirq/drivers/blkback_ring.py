@@ -36,6 +36,7 @@ from pvirq.drivers.ring import U32, BackRing, RingPages
 from pvirq.drivers.served import ServedRing
 from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
 from pvirq.xen.grant import GrantError
+from pvirq.xen.grant_copy import tell_written
 
 if TYPE_CHECKING:
     from pvirq.drivers.blkback import BlkBack
@@ -318,23 +319,8 @@ class BlkbackRing:
 
     def _frames_written(self, pieces: Sequence[tuple[int, int]]) -> None:
         """Tell the frontend's CPUs. Pages that are unmapped tell of it by themselves."""
-        owner = self._owner
-        if owner is None:
-            return
-        if len(pieces) == 1:
-            ((at, end),) = pieces
-            owner.frame_written(at, end - at)
-            return
-        # A frontend uses its pages from either end, and each call costs as much as a page's copy.
-        at, end = -1, -1
-        for start, stop in sorted(pieces):
-            if start > end:
-                if end >= 0:
-                    owner.frame_written(at, end - at)
-                at = start
-            end = max(end, stop)
-        if end >= 0:
-            owner.frame_written(at, end - at)
+        if self._owner is not None:
+            tell_written(self._owner, pieces)
 
     def _submit(self, request: _Request, sector: int, count: int) -> None:
         store = self.back.store

@@ -43,7 +43,7 @@ from pvirq.drivers.served import ServedRing
 from pvirq.drivers.skb import Skb
 from pvirq.linux.irq import IRQ_HANDLED, IrqHandler, IrqReturn
 from pvirq.xen.grant import GrantError
-from pvirq.xen.grant_copy import read, write
+from pvirq.xen.grant_copy import read_all, write_all
 
 if TYPE_CHECKING:
     from pvirq.drivers.netback import Vif
@@ -60,10 +60,11 @@ class FatalTxError(Exception):
 class _Packet:
     """A packet on its way in: its slots, and what the extras said of it."""
 
-    __slots__ = ("extras", "flags", "gso_size", "gso_type", "multicast", "slots")
+    __slots__ = ("extras", "flags", "gso_size", "gso_type", "idents", "multicast", "pieces")
 
     def __init__(self) -> None:
-        self.slots: list[tuple[int, int, int, int]] = []  # (gref, offset, id, size)
+        self.idents: list[int] = []
+        self.pieces: list[tuple[int, int, int]] = []  # (gref, offset, size); the first's size is the whole packet's
         self.extras = 0
         self.flags = 0
         self.gso_size = self.gso_type = 0
@@ -156,7 +157,7 @@ class BackQueue:
         return IRQ_HANDLED
 
     def _handle_tx(self) -> bool:
-        if not self.tx.unconsumed() and not self._tx_overflow():
+        if self.tx.req_prod == self.tx.req_cons:
             return False
         self._schedule_tx()
         return True
@@ -169,9 +170,6 @@ class BackQueue:
 
     # -- from the frontend ---------------------------------------------------------------------------------------------
 
-    def _tx_overflow(self) -> bool:
-        return (self.tx.req_prod - self.tx.req_cons & U32) > self.tx.size
-
     def _schedule_tx(self) -> None:
         if not self._polling and not self.vif.disabled:
             self._polling = True
@@ -182,17 +180,18 @@ class BackQueue:
         if self._freed or self.vif.disabled:
             self._polling = False
             return
-        work = 0
+        work, tx = 0, self.tx
         try:
             while work < BUDGET:
-                if self._tx_overflow():
+                # Packets are answered whole, so there is room for the answers to whatever the ring can hold.
+                waiting = tx.req_prod - tx.req_cons & U32
+                if waiting > tx.size:
                     raise FatalTxError(
-                        f"Impossible number of requests. req_prod {self.tx.req_prod}, req_cons {self.tx.req_cons}, "
-                        f"size {self.tx.size}"
+                        f"Impossible number of requests. req_prod {tx.req_prod}, req_cons {tx.req_cons}, size {tx.size}"
                     )
-                if not self.tx.unconsumed():
+                if not waiting:
                     break
-                self._take_packet()
+                self._take_packet(waiting)
                 work += 1
                 if self._freed:  # what the packet set off
                     return
@@ -201,7 +200,7 @@ class BackQueue:
             self._disable(str(error))
             return
         self._push_tx()
-        if work < BUDGET and not self.tx.more_requests():
+        if work < BUDGET and not tx.more_requests():
             self._polling = False
             if self._tx_eoi:
                 self._tx_eoi = False
@@ -221,74 +220,70 @@ class BackQueue:
             self._events.notify_remote_via_irq(self._tx_irq)
 
     def _answer(self, packet: _Packet, status: int) -> None:
-        for i, (_gref, _offset, ident, _size) in enumerate(packet.slots):
-            self.tx.put(NETIF_TX_RESPONSE.pack(ident, status))
-            if not i:
-                for _ in range(packet.extras):
-                    self.tx.put(NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL))
+        responses = [NETIF_TX_RESPONSE.pack(ident, status) for ident in packet.idents]
+        if packet.extras:
+            responses[1:1] = [NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL)] * packet.extras
+        self.tx.put_all(responses)
 
-    def _take_packet(self) -> None:
+    def _take_packet(self, waiting: int) -> None:
         """One packet off the ring, and up into the network (xenvif_tx_build_gops and xenvif_tx_submit)."""
-        packet = self._read_slots()
+        packet = self._read_slots(waiting)
         if packet.multicast:
             self._answer(packet, NETIF_RSP_OKAY)
             return
-        total = packet.slots[0][3]
-        sizes = [slot[3] for slot in packet.slots]
-        sizes[0] = total - sum(sizes[1:])
-        if sizes[0] < 0 or total < ETH_HLEN or len(packet.slots) > XEN_NETIF_NR_SLOTS_MIN:
+        pieces = packet.pieces
+        gref, offset, total = pieces[0]
+        if len(pieces) > 1:
+            pieces[0] = gref, offset, total - sum([size for _gref, _offset, size in pieces[1:]])
+        if pieces[0][2] < 0 or total < ETH_HLEN or len(pieces) > XEN_NETIF_NR_SLOTS_MIN:
             self._answer(packet, NETIF_RSP_ERROR)
             return
-        for (_gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
+        for _gref, offset, size in pieces:
             if offset + size > PAGE_SIZE:
                 raise FatalTxError(f"Cross page boundary, txp->offset: {offset}, size: {size}")
-        domain, domid, slots = self._domain, self._domid, packet.slots
+        vif = self.vif
         try:
-            parts = [read(domain, domid, slot[0], slot[1], size) for slot, size in zip(slots, sizes, strict=True)]
+            data = read_all(self._domain, self._domid, pieces)
         except GrantError as error:
-            vif = self.vif
             self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
             self._answer(packet, NETIF_RSP_ERROR)
             return
         self._answer(packet, NETIF_RSP_OKAY)
-        vif = self.vif
         vif.tx_packets += 1
         vif.tx_bytes += total
-        skb = Skb(
-            parts[0] if len(parts) == 1 else b"".join(parts),
-            bool(packet.flags & NETTXF_csum_blank),
-            bool(packet.flags & NETTXF_data_validated),
-            packet.gso_size,
-            packet.gso_type,
-        )
-        vif.receive(skb)
+        flags = packet.flags
+        csum_blank, validated = bool(flags & NETTXF_csum_blank), bool(flags & NETTXF_data_validated)
+        vif.receive(Skb(data, csum_blank, validated, packet.gso_size, packet.gso_type))
 
-    def _read_slots(self) -> _Packet:
-        """All of a packet's slots, copied (xenvif_get_extras, xenvif_count_requests)."""
-        packet = _Packet()
-        gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
-        packet.slots.append((gref, offset, ident, size))
+    def _read_slots(self, waiting: int) -> _Packet:
+        """All of a packet's slots, of `waiting` requests (xenvif_get_extras, xenvif_count_requests)."""
+        packet, take, unpack = _Packet(), self.tx.take, NETIF_TX_REQUEST.unpack_from
+        pieces, idents = packet.pieces, packet.idents
+        gref, offset, flags, ident, size = unpack(*take())
+        pieces.append((gref, offset, size))
+        idents.append(ident)
         packet.flags = flags
         if flags & NETTXF_extra_info:
-            self._read_extras(packet)
+            self._read_extras(packet, waiting - 1)
             if packet.multicast:
                 return packet
         while flags & NETTXF_more_data:
-            if not self.tx.unconsumed():
-                raise FatalTxError(f"Asked for {len(packet.slots)} slots but exceeds this limit")
-            if len(packet.slots) >= FATAL_SLOTS:
-                raise FatalTxError(f"Malicious frontend using {len(packet.slots)} slots, threshold {FATAL_SLOTS}")
-            gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
-            packet.slots.append((gref, offset, ident, size))
+            if len(pieces) + packet.extras >= waiting:
+                raise FatalTxError(f"Asked for {len(pieces)} slots but exceeds this limit")
+            if len(pieces) >= FATAL_SLOTS:
+                raise FatalTxError(f"Malicious frontend using {len(pieces)} slots, threshold {FATAL_SLOTS}")
+            gref, offset, flags, ident, size = unpack(*take())
+            pieces.append((gref, offset, size))
+            idents.append(ident)
         return packet
 
-    def _read_extras(self, packet: _Packet) -> None:
+    def _read_extras(self, packet: _Packet, waiting: int) -> None:
         while True:
-            if not self.tx.unconsumed():
+            if packet.extras >= waiting:
                 raise FatalTxError("Missing extra info")
-            entry = self.tx.request()[: NETIF_EXTRA_GSO.size]
+            entry, at = self.tx.take()
             packet.extras += 1
-            kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack(entry)
+            kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack_from(entry, at)
             if not kind or kind >= XEN_NETIF_EXTRA_TYPE_MAX:
                 raise FatalTxError(f"Invalid extra type: {kind}")
             if kind == XEN_NETIF_EXTRA_TYPE_GSO:
@@ -299,7 +294,7 @@ class BackQueue:
                 packet.gso_size, packet.gso_type = size, gso_type
             elif kind in (XEN_NETIF_EXTRA_TYPE_MCAST_ADD, XEN_NETIF_EXTRA_TYPE_MCAST_DEL):
                 packet.multicast = True
-                address = NETIF_EXTRA_MCAST.unpack(entry)[2]
+                address = NETIF_EXTRA_MCAST.unpack_from(entry, at)[2]
                 if kind == XEN_NETIF_EXTRA_TYPE_MCAST_DEL:
                     self.vif.multicast.discard(address)
                 elif len(self.vif.multicast) < 64:  # XEN_NETBK_MCAST_MAX
@@ -365,20 +360,25 @@ class BackQueue:
             flags |= NETRXF_extra_info
         offset = vif.headroom
         room = PAGE_SIZE - offset
+        responses = []
+        idents, pieces = [], []
         for at in range(0, size, room):
-            ident, gref = NETIF_RX_REQUEST.unpack(rx.request())
-            part = data[at : at + room]
-            status = len(part)
-            try:
-                write(self._domain, self._domid, gref, offset, part)
-            except GrantError as error:
+            ident, gref = NETIF_RX_REQUEST.unpack_from(*rx.take())
+            idents.append(ident)
+            pieces.append((gref, offset, memoryview(data)[at : at + room] if size > room else data))
+            if not at:
+                for _ in extras:
+                    rx.take()  # it takes a buffer's place
+        results = write_all(self._domain, self._domid, pieces)
+        left = len(pieces)
+        for ident, (_gref, _offset, part), error in zip(idents, pieces, results, strict=True):
+            status, left = len(part), left - 1
+            if error is not None:
                 self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy to the frontend failed: {error}")
                 status = NETIF_RSP_ERROR
-            more = NETRXF_more_data if at + room < size else 0
-            rx.put(NETIF_RX_RESPONSE.pack(ident, offset, flags | more, status))
-            for extra in extras:
-                rx.request()  # it takes a buffer's place
-                rx.put(extra)
+            responses.append(NETIF_RX_RESPONSE.pack(ident, offset, flags | NETRXF_more_data if left else flags, status))
+            responses += extras
             flags, extras = 0, []
+        rx.put_all(responses)
         vif.rx_packets += 1
         vif.rx_bytes += size
