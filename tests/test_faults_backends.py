@@ -30,7 +30,7 @@ def faults(host: pvirq.Host) -> Iterator[Faults]:
         yield faults
         faults.clear()
         for served in host.backends.xenbus.served.rings:
-            assert not {"put", "push_responses"} & set(vars(served.ring))
+            assert not {"put", "put_all", "push_responses"} & set(vars(served.ring))
 
 
 def add(host: pvirq.Host, kernel: str = "pvops", vcpus: int = 1) -> ModelledGuest:

@@ -13,7 +13,7 @@ from pvirq.abi import grant_table as abi
 from pvirq.abi.xen import DOMID_SELF, PAGE_SIZE
 from pvirq.xen.domain import Domain, Hypervisor
 from pvirq.xen.grant import GNTPIN_hstr_inc, GNTPIN_hstw_inc, GrantError, GrantTable
-from pvirq.xen.grant_copy import Side, copy, read, write
+from pvirq.xen.grant_copy import Side, copy, read, read_all, tell_written, write, write_all
 from pvirq.xen.memory import PGT_WRITABLE, Machine
 
 REF = 9
@@ -157,6 +157,63 @@ def test_as_the_hypercall_does_it(
         return got, put, state
 
     assert run(False) == run(True)
+
+
+def some_pieces(pair: Pair, kinds: list[str]) -> list[int]:
+    """A reference of each kind, in a table that has one behind the other."""
+    table, refs = pair.table, []
+    for i, kind in enumerate(kinds):
+        ref = REF + i
+        mfn = pair.own if kind == "not its frame" else pair.page
+        flags = abi.GTF_permit_access | (abi.GTF_readonly if kind == "read-only" else 0)
+        table.set_entry(ref, 2 if kind == "not its user" else 0, mfn, flags)
+        if kind == "mapped":
+            table.acquire(ref, 0, GNTPIN_hstw_inc, mapping=True)
+        refs.append(100_000 if kind == "beyond" else ref)
+    return refs
+
+
+KINDS = st.sampled_from(["good"] * 6 + ["read-only", "not its frame", "not its user", "mapped", "beyond"])
+
+
+@given(
+    st.sampled_from([1, 2]),
+    st.lists(st.tuples(KINDS, st.integers(0, PAGE_SIZE), st.sampled_from([0, 1, 60, 2000, 4096])), min_size=1),
+)
+def test_several_as_one_after_the_other(version: int, pieces: list[tuple[str, int, int]]) -> None:
+    def run(together: bool) -> object:
+        pair = Pair(version)
+        refs = some_pieces(pair, [kind for kind, _, _ in pieces])
+        wanted = [(ref, at, length) for ref, (_, at, length) in zip(refs, pieces, strict=True)]
+        data = [(ref, at, bytes(i + j & 0xFF for j in range(length))) for i, (ref, at, length) in enumerate(wanted)]
+        if together:
+            got = outcome(lambda: read_all(pair.user, 1, wanted))
+            put = [None if error is None else error.status for error in write_all(pair.user, 1, data)]
+        else:
+            got = outcome(lambda: b"".join([read(pair.user, 1, *piece) for piece in wanted]))
+            put = [outcome(lambda piece=piece: write(pair.user, 1, *piece)) for piece in data]  # type: ignore[misc]
+        frames, active, told = pair.state()
+        changed = {address + i for address, size in pair.told for i in range(size)}
+        pair.close()
+        assert isinstance(told, list)
+        return got, put, frames, active, changed
+
+    assert run(False) == run(True)
+
+
+def test_several_of_nobody(pair: Pair) -> None:
+    assert outcome(lambda: read_all(pair.user, 77, [(REF, 0, 1)] * 2)) == abi.GNTST_bad_domain
+    errors = write_all(pair.user, 77, [(REF, 0, b"x")] * 2)
+    assert [error is not None and error.status for error in errors] == [abi.GNTST_bad_domain] * 2
+
+
+def test_runs_are_told_of_once(pair: Pair) -> None:
+    tell_written(pair.granter, [(8192, 12288), (4096, 8192), (20000, 20100), (20050, 20200), (12288, 12300)])
+    assert pair.told == [(4096, 8204), (20000, 200)]
+    pair.told.clear()
+    tell_written(pair.granter, [])
+    tell_written(pair.granter, [(0, 4096)])
+    assert pair.told == [(0, 4096)]
 
 
 def test_a_dying_granter(pair: Pair) -> None:

@@ -58,8 +58,9 @@ def test_both_ends(machine: Machine, order: list[int], start: int, steps: list[i
                 back_sleeps = False
             assert not (put and back_sleeps)
         elif step < 5 and not back_sleeps:
-            for _ in range(back.unconsumed()):
-                entry = back.request()
+            for i in range(back.unconsumed()):
+                buffer, at = (back.request(), 0) if i & 1 else back.take()
+                entry = bytes(buffer[at : at + 112])
                 assert int.from_bytes(entry[:8], "little") == int.from_bytes(entry[104:], "big") == requests[0]
                 served.append(requests.popleft())
                 if step == 4:
@@ -68,9 +69,12 @@ def test_both_ends(machine: Machine, order: list[int], start: int, steps: list[i
                 back_sleeps = not back.more_requests()
                 assert back_sleeps == (not requests)
         elif step == 5:
-            for _ in range(min(len(served), 3)):
-                back.put(served[0].to_bytes(8, "little"))
-                answers.append(served.popleft())
+            some = [served.popleft() for _ in range(min(len(served), 3))]
+            if len(some) == 1:
+                back.put(some[0].to_bytes(8, "little"))
+            else:
+                back.put_all([number.to_bytes(8, "little") for number in some])
+            answers += some
             told = back.push_responses()
             if told:
                 front_sleeps = False

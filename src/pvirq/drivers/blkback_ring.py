@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -23,7 +25,6 @@ from pvirq.abi.io_blkif import (
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
     BLKIF_RSP_OKAY,
-    BLKIF_SEGMENT,
     SECTOR_SIZE,
     SECTORS_PER_PAGE,
     SEGMENTS_PER_INDIRECT_FRAME,
@@ -31,10 +32,11 @@ from pvirq.abi.io_blkif import (
 from pvirq.abi.xen import PAGE_SHIFT
 from pvirq.drivers.blockstore import Discards, Flushes, InPlace
 from pvirq.drivers.grants import Mapped
-from pvirq.drivers.ring import BackRing, RingPages
+from pvirq.drivers.ring import U32, BackRing, RingPages
 from pvirq.drivers.served import ServedRing
 from pvirq.linux.irq import IRQ_HANDLED, IrqReturn
 from pvirq.xen.grant import GrantError
+from pvirq.xen.grant_copy import tell_written
 
 if TYPE_CHECKING:
     from pvirq.drivers.blkback import BlkBack
@@ -48,33 +50,41 @@ DISPATCHED: Final = (*RW, BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE, BLKI
 BUDGET_REQUESTS: Final = 64
 BUDGET_SECTORS: Final = 8 << 20 >> 9
 OPTIONAL: Final = (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD)  # a frontend does without
-SEGMENTS: Final = [struct.Struct("<" + "IBB2x" * n) for n in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)]
+# A segment's first and last sector as one number, of 16 bits, where it is all of its page.
+WHOLE_PAGE: Final = SECTORS_PER_PAGE - 1 << 8
+
+
+@functools.cache
+def _segments(count: int) -> struct.Struct:
+    """So many of struct blkif_request_segment: of each the reference, and first and last sector as one number."""
+    return struct.Struct("<" + "IH2x" * count)
 
 
 class _Request:
-    """One request under way (struct pending_req)."""
+    """One request that is under way while others run (struct pending_req)."""
 
     __slots__ = ("ident", "mapped", "operation", "pieces")
 
-    def __init__(self, ident: int, operation: int) -> None:
+    def __init__(self, ident: int, operation: int, pieces: Sequence[tuple[int, int]], mapped: list[Mapped]) -> None:
         self.ident = ident
         self.operation = operation
-        self.mapped: list[Mapped] = []  # to unmap afterwards
-        self.pieces: list[tuple[int, int]] = []  # (machine address, size) of the segments, adjacent ones as one
+        self.pieces = pieces  # of `_pieces`
+        self.mapped = mapped  # to unmap afterwards
 
 
-def _place(request: _Request, mfns: list[int], listed: list[tuple[int, int, int]]) -> None:
-    """Where in memory the segments are. Those that lie behind one another are moved in one go."""
-    pieces, at, end = request.pieces, 0, -1
-    for mfn, (_, first, last) in zip(mfns, listed, strict=True):
-        start = (mfn << PAGE_SHIFT) + first * SECTOR_SIZE
+def _pieces(places: Sequence[int], spans: Sequence[int]) -> list[tuple[int, int]]:
+    """Where in memory the segments begin and end, whose frames are at `places`. Adjacent ones are one."""
+    pieces, at, end = [], 0, -1
+    for place, span in zip(places, spans, strict=True):
+        start = place + (span & 0xFF) * SECTOR_SIZE
         if start != end:
             if end >= 0:
-                pieces.append((at, end - at))
+                pieces.append((at, end))
             at = start
-        end = (mfn << PAGE_SHIFT) + (last + 1) * SECTOR_SIZE
+        end = place + (span >> 8) * SECTOR_SIZE + SECTOR_SIZE
     if end >= 0:
-        pieces.append((at, end - at))
+        pieces.append((at, end))
+    return pieces
 
 
 class BlkbackRing:
@@ -91,7 +101,8 @@ class BlkbackRing:
         self._machine = dev.kernel.domain.machine
         self._mem = self._machine.mem
         self._events = dev.kernel.events
-        self._persistent: dict[int, Mapped] = {}
+        self._persistent: list[Mapped] = []
+        self._places: dict[int, int] = {}  # grant reference -> machine address, of those
         self._halted = False
         self._freed = False
         self._barrier = False  # nothing is taken before those under way are done
@@ -119,9 +130,10 @@ class BlkbackRing:
         self._freed = True
         self.back.dev.xenbus.served.remove(self.ring)
         self._events.unbind(self._irq, self)
-        for page in (*self._persistent.values(), *self._pages):
+        for page in (*self._persistent, *self._pages):
             self._gnttab.unmap(page)
         self._persistent.clear()
+        self._places.clear()
 
     # -- taking requests -----------------------------------------------------------------------------------------------
 
@@ -154,6 +166,7 @@ class BlkbackRing:
         """Dispatch what is on the ring; returns whether there was nothing, or None: there is more than its turn's."""
         spurious = True
         ring = self.ring
+        size = ring.size
         requests, self._budget = BUDGET_REQUESTS, BUDGET_SECTORS
         while not self._halted and not self._barrier:
             produced = ring.req_prod
@@ -164,150 +177,150 @@ class BlkbackRing:
                     f"{produced - ring.rsp_prod_pvt & 0xFFFFFFFF}). Halting ring processing"
                 )
                 break
-            while ring.req_cons != produced and ring.unconsumed() and not self._barrier:
+            # An index that went back leaves more than the ring holds (RING_REQUEST_CONS_OVERFLOW).
+            while ring.req_cons != produced and (ring.req_cons - ring.rsp_prod_pvt & U32) < size and not self._barrier:
                 if not requests or self._budget <= 0:
                     return None
                 requests -= 1
                 spurious = False
-                self._dispatch(ring.request())
+                entry, at = ring.take()
+                if entry[at] in DISPATCHED:
+                    self._dispatch_rw(entry, at)
+                else:
+                    self._dispatch_other(entry, at)
             if self._barrier or not ring.more_requests():
                 break
         return spurious
 
-    def _dispatch(self, entry: bytes) -> None:
-        operation = entry[0]
-        if operation in DISPATCHED:
-            self._dispatch_rw(entry)
-        elif operation == BLKIF_OP_DISCARD:
-            self._dispatch_discard(entry)
-        else:
-            _, _, _, ident, _ = BLKIF_REQUEST.unpack_from(entry)
-            self.back.complain(f"unknown operation {operation}")
-            self._respond(ident, operation, BLKIF_RSP_EOPNOTSUPP)
-
-    def _dispatch_rw(self, entry: bytes) -> None:
-        """dispatch_rw_block_io."""
-        operation, segments, _, ident, sector = BLKIF_REQUEST.unpack_from(entry)
-        request = _Request(ident, operation)
-        in_place = self.back.in_place if operation in IN_PLACE else None
+    def _dispatch_rw(self, entry: memoryview | bytes, at: int) -> None:
+        """Carry out the request at `at` in `entry` (dispatch_rw_block_io)."""
+        back, operation = self.back, entry[at]
+        in_place = back.in_place if operation in IN_PLACE else None
+        mapped: list[Mapped] = []  # to unmap afterwards
         try:
             if operation == BLKIF_OP_INDIRECT:
-                _, request.operation, segments, _, _, _, *pages = BLKIF_REQUEST_INDIRECT.unpack_from(entry)
-                listed = self._indirect(request, segments, pages, in_place is not None)
+                # Of an indirect request an answer names the operation inside; a frontend takes no other.
+                _, operation, segments, ident, sector, _, *pages = BLKIF_REQUEST_INDIRECT.unpack_from(entry, at)
+                refs, spans = self._indirect(operation, segments, pages, mapped, in_place is not None)
             else:
+                _, segments, _, ident, sector = BLKIF_REQUEST.unpack_from(entry, at)
                 if segments > BLKIF_MAX_SEGMENTS_PER_REQUEST or (
                     not segments and operation not in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER)
                 ):
                     raise XenError(Errno.EINVAL, f"Bad number of segments in request ({segments})")
-                fields = SEGMENTS[segments].unpack_from(entry, BLKIF_REQUEST.size)
-                listed = list(zip(fields[::3], fields[1::3], fields[2::3], strict=True))
-            count = self._check(request, sector, listed)
-            if in_place is not None and not self.back.persistent:
-                mfns = self._access([ref for ref, _, _ in listed], readonly=request.operation != BLKIF_OP_READ)
-                _place(request, mfns, listed)
+                fields = _segments(segments).unpack_from(entry, at + BLKIF_REQUEST.size)
+                refs, spans = list(fields[::2]), list(fields[1::2])
+            count = self._check(operation, sector, spans)
+            if back.persistent or in_place is None:
+                places = self._map_all(refs, mapped, readonly=operation != BLKIF_OP_READ)
             else:
-                self._map_segments(request, listed)
+                places = self._access(refs, readonly=operation != BLKIF_OP_READ)
         except XenError as error:
-            self.back.complain(error.why)
-            self._unmap(request)
-            # Of an indirect request it names the operation inside; a frontend takes no other for an answer.
-            self._respond(ident, request.operation, BLKIF_RSP_ERROR)
+            back.complain(error.why)
+            self._unmap(mapped)
+            self._respond(ident, operation, BLKIF_RSP_ERROR)
             return
-        if request.operation in (BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE):
-            self._barrier = True
-            self.back.when_drained(lambda: self._ordered(request, sector, count))
-        elif in_place is not None:
-            self._transfer(request, sector, in_place)
-        else:
+        pieces = _pieces(places, spans)
+        if in_place is not None:
+            self._transfer(in_place, operation, ident, sector, pieces, mapped)
+            return
+        request = _Request(ident, operation, pieces, mapped)
+        if operation in RW:
             self._submit(request, sector, count)
+        else:
+            self._barrier = True
+            back.when_drained(lambda: self._ordered(request, sector, count))
 
     def _indirect(
-        self, request: _Request, segments: int, refs: list[int], in_place: bool
-    ) -> list[tuple[int, int, int]]:
-        """Read an indirect request's segments out of the frontend's pages (xen_blkbk_parse_indirect)."""
-        if request.operation not in RW:
-            raise XenError(Errno.EINVAL, f"Invalid indirect operation ({request.operation})")
+        self, operation: int, segments: int, pages: list[int], mapped: list[Mapped], in_place: bool
+    ) -> tuple[list[int], list[int]]:
+        """An indirect request's segments, out of the frontend's pages (xen_blkbk_parse_indirect)."""
+        if operation not in RW:
+            raise XenError(Errno.EINVAL, f"Invalid indirect operation ({operation})")
         if not 0 < segments <= MAX_INDIRECT_SEGMENTS:
             raise XenError(Errno.EINVAL, f"Bad number of segments in request ({segments})")
-        listed: list[tuple[int, int, int]] = []
-        for ref in refs[: -(-segments // SEGMENTS_PER_INDIRECT_FRAME)]:
+        refs: list[int] = []
+        spans: list[int] = []
+        for ref in pages[: -(-segments // SEGMENTS_PER_INDIRECT_FRAME)]:
             if in_place and not self.back.persistent:
-                page = self._machine.page(self._access([ref], readonly=True)[0])
+                (place,) = self._access((ref,), readonly=True)
             else:
-                page = self._map(request, ref, readonly=True).page
-            here = min(segments - len(listed), SEGMENTS_PER_INDIRECT_FRAME)
-            listed += BLKIF_SEGMENT.iter_unpack(bytes(page[: here * BLKIF_SEGMENT.size]))
-        return listed
+                (place,) = self._map_all((ref,), mapped, readonly=True)
+            here = min(segments - len(refs), SEGMENTS_PER_INDIRECT_FRAME)
+            fields = _segments(here).unpack_from(self._mem, place)
+            refs += fields[::2]
+            spans += fields[1::2]
+        return refs, spans
 
-    def _check(self, request: _Request, sector: int, listed: list[tuple[int, int, int]]) -> int:
+    def _check(self, operation: int, sector: int, spans: Sequence[int]) -> int:
         """How many sectors a request is about; XenError for what it may not touch (xen_vbd_translate)."""
         count = 0
-        for _ref, first, last in listed:
+        for span in spans:
+            if span == WHOLE_PAGE:
+                count += SECTORS_PER_PAGE
+                continue
+            first, last = span & 0xFF, span >> 8
             if last < first or last >= SECTORS_PER_PAGE:
                 raise XenError(Errno.EINVAL, f"Bad segment: sectors {first} to {last}")
             count += last - first + 1
         self._budget -= count
         back = self.back
-        writes = request.operation != BLKIF_OP_READ
+        writes = operation != BLKIF_OP_READ
         if (writes and count and back.readonly) or (count and sector + count > back.sectors):
             what = "write" if writes else "read"
             raise XenError(Errno.EACCES, f"access denied: {what} of [{sector},{sector + count}]")
         return count
 
-    def _map(self, request: _Request, ref: int, *, readonly: bool) -> Mapped:
-        """One frame of a request's; it stays mapped where grants persist (xen_blkbk_map)."""
-        known = self._persistent.get(ref)
-        if known is not None:
-            return known
+    def _map_all(self, refs: Sequence[int], mapped: list[Mapped], *, readonly: bool) -> list[int]:
+        """Where a request's frames are (xen_blkbk_map). They stay mapped where grants persist, else are in `mapped`."""
+        known = self._places
+        return [known[ref] if ref in known else self._map(ref, mapped, readonly=readonly) for ref in refs]
+
+    def _map(self, ref: int, mapped: list[Mapped], *, readonly: bool) -> int:
         keep = self.back.persistent and len(self._persistent) < MAX_PERSISTENT
         try:
             page = self._gnttab.map(self._domid, ref, readonly and not self.back.persistent)
         except GrantError as error:
             raise XenError(Errno.EIO, f"invalid buffer -- could not remap it ({error})") from error
+        place = page.mfn << PAGE_SHIFT
         if keep:
-            self._persistent[ref] = page
+            self._persistent.append(page)
+            self._places[ref] = place
         else:
-            request.mapped.append(page)
-        return page
+            mapped.append(page)
+        return place
 
-    def _map_segments(self, request: _Request, listed: list[tuple[int, int, int]]) -> None:
-        readonly = request.operation != BLKIF_OP_READ
-        known = self._persistent
-        _place(
-            request,
-            [(known.get(ref) or self._map(request, ref, readonly=readonly)).mfn for ref, _, _ in listed],
-            listed,
-        )
-
-    def _access(self, refs: list[int], *, readonly: bool) -> list[int]:
-        """Frames of a request's that is done before anybody else runs: they needn't be mapped."""
+    def _access(self, refs: Sequence[int], *, readonly: bool) -> list[int]:
+        """Where frames of a request are that is done before anybody else runs: they needn't be mapped."""
         try:
             if self._owner is None:
                 raise GrantError(GNTST_bad_domain, f"no domain {self._domid:#x}")
-            return self._gnttab.access(self._owner, refs, readonly)
+            return [mfn << PAGE_SHIFT for mfn in self._gnttab.access(self._owner, refs, readonly)]
         except GrantError as error:
             raise XenError(Errno.EIO, f"invalid buffer -- could not remap it ({error})") from error
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
-    def _transfer(self, request: _Request, sector: int, store: InPlace) -> None:
+    def _transfer(
+        self, store: InPlace, operation: int, ident: int, sector: int, pieces: list[tuple[int, int]],
+        mapped: list[Mapped],
+    ) -> None:  # fmt: skip
         """A read or write of a store that is done at once, in the frontend's own frames."""
         mem = self._mem
-        buffers = [mem[at : at + size] for at, size in request.pieces]
-        self.in_flight += 1
-        if request.operation == BLKIF_OP_READ:
+        buffers = [mem[start:end] for start, end in pieces]
+        if operation == BLKIF_OP_READ:
             error = store.readv(sector, buffers)
-            self._frames_written(request)
+            self._frames_written(pieces)
         else:
             error = store.writev(sector, buffers)
-        self._end(request, error)
+        if mapped:
+            self._unmap(mapped)
+        self._respond(ident, operation, BLKIF_RSP_OKAY if error is None else self._failed(operation, error))
 
-    def _frames_written(self, request: _Request) -> None:
-        """Pages that are unmapped tell of it by themselves."""
+    def _frames_written(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """Tell the frontend's CPUs. Pages that are unmapped tell of it by themselves."""
         if self._owner is not None:
-            written = self._owner.frame_written
-            for at, size in request.pieces:
-                written(at, size)
+            tell_written(self._owner, pieces)
 
     def _submit(self, request: _Request, sector: int, count: int) -> None:
         store = self.back.store
@@ -317,18 +330,21 @@ class BlkbackRing:
         elif request.operation == BLKIF_OP_READ:
             store.submit(sector, count, None, lambda data, error: self._read_done(request, data, error))
         else:
-            mem = self._mem
-            data = b"".join([mem[at : at + size] for at, size in request.pieces])
-            store.submit(sector, count, data, lambda _data, error: self._end(request, error))
+            store.submit(sector, count, self._data(request), lambda _data, error: self._end(request, error))
+
+    def _data(self, request: _Request) -> bytes:
+        """What a request writes, copied."""
+        mem = self._mem
+        return b"".join([mem[start:end] for start, end in request.pieces])
 
     def _read_done(self, request: _Request, data: bytes | None, error: Errno | None) -> None:
         if error is None and data is not None and not self._freed:
-            mem, start = self._mem, 0
-            for at, size in request.pieces:
-                mem[at : at + size] = data[start : start + size]
-                start += size
+            mem, at = self._mem, 0
+            for start, end in request.pieces:
+                mem[start:end] = data[at : at + end - start]
+                at += end - start
             if self.back.persistent:
-                self._frames_written(request)
+                self._frames_written(request.pieces)
         self._end(request, error)
 
     def _ordered(self, request: _Request, sector: int, count: int) -> None:
@@ -338,12 +354,11 @@ class BlkbackRing:
             self._wake()
         if count:
             store = self.back.store
-            data = b"".join([self._mem[at : at + size] for at, size in request.pieces])
             self.in_flight += 1
             if store is None:
                 self._end(request, Errno.ENXIO)
             else:
-                store.submit(sector, count, data, lambda _data, error: self._flush(request, error))
+                store.submit(sector, count, self._data(request), lambda _data, error: self._flush(request, error))
         else:
             self.in_flight += 1
             self._flush(request, None)
@@ -355,40 +370,46 @@ class BlkbackRing:
         else:
             self._end(request, error)
 
-    def _dispatch_discard(self, entry: bytes) -> None:
-        operation, _, _, ident, sector, count = BLKIF_REQUEST_DISCARD.unpack_from(entry)
+    def _dispatch_other(self, entry: memoryview | bytes, at: int) -> None:
+        operation, _, _, ident, sector, count = BLKIF_REQUEST_DISCARD.unpack_from(entry, at)
+        if operation == BLKIF_OP_DISCARD:
+            self._dispatch_discard(ident, sector, count)
+        else:
+            self.back.complain(f"unknown operation {operation}")
+            self._respond(ident, operation, BLKIF_RSP_EOPNOTSUPP)
+
+    def _dispatch_discard(self, ident: int, sector: int, count: int) -> None:
         back, store = self.back, self.back.store
         if back.readonly or sector + count > back.sectors:
             back.complain(f"access denied: DISCARD [{sector}->{sector + count}]")
-            self._respond(ident, operation, BLKIF_RSP_ERROR)
+            self._respond(ident, BLKIF_OP_DISCARD, BLKIF_RSP_ERROR)
         elif not isinstance(store, Discards):
-            self._respond(ident, operation, BLKIF_RSP_EOPNOTSUPP)
+            self._respond(ident, BLKIF_OP_DISCARD, BLKIF_RSP_EOPNOTSUPP)
         else:
-            request = _Request(ident, operation)
+            request = _Request(ident, BLKIF_OP_DISCARD, (), [])
             self.in_flight += 1
             store.discard(sector, count, lambda _data, error: self._end(request, error))
 
     def _end(self, request: _Request, error: Errno | None) -> None:
         """The store is done (__end_block_io_op)."""
         self.in_flight -= 1
+        self._unmap(request.mapped)
         if self._freed:
-            for page in request.mapped:
-                self._gnttab.unmap(page)
             return
-        if request.mapped:
-            self._unmap(request)
-        operation, status = request.operation, BLKIF_RSP_OKAY
-        if error is not None:
-            self.back.failed(operation, error)
-            unsupported = error is Errno.EOPNOTSUPP and operation in OPTIONAL
-            status = BLKIF_RSP_EOPNOTSUPP if unsupported else BLKIF_RSP_ERROR
-        self._respond(request.ident, operation, status)
+        operation = request.operation
+        self._respond(request.ident, operation, BLKIF_RSP_OKAY if error is None else self._failed(operation, error))
         self.back.request_done()
 
-    def _unmap(self, request: _Request) -> None:
-        for page in request.mapped:
+    def _failed(self, operation: int, error: Errno) -> int:
+        """The status of a request that the store couldn't carry out."""
+        self.back.failed(operation, error)
+        unsupported = error is Errno.EOPNOTSUPP and operation in OPTIONAL
+        return BLKIF_RSP_EOPNOTSUPP if unsupported else BLKIF_RSP_ERROR
+
+    def _unmap(self, mapped: list[Mapped]) -> None:
+        for page in mapped:
             self._gnttab.unmap(page)
-        request.mapped.clear()
+        mapped.clear()
 
     def _respond(self, ident: int, operation: int, status: int) -> None:
         """make_response."""

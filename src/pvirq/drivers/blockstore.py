@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Final, Protocol, runtime_checkable
 
 from pvirq.abi.errno import Errno
@@ -92,28 +91,24 @@ class MemoryStore(InPlaceStore):
         self.flushes = 0
         self._view = memoryview(self.data)
 
-    def _places(self, sector: int, buffers: Sequence[memoryview]) -> list[memoryview] | None:
-        """Where in memory the sectors of each buffer are; None where some of them are nowhere."""
-        view, at = self._view, sector * SECTOR
-        ends = list(accumulate(map(len, buffers), initial=at))
-        if at < 0 or ends[-1] > len(view):
-            return None
-        return [view[start:end] for start, end in pairwise(ends)]
-
     def readv(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
-        places = self._places(sector, buffers)
-        if places is None:
+        view, at = self._view, sector * SECTOR
+        if at < 0 or at + sum(map(len, buffers)) > len(view):
             return Errno.EIO
-        for buffer, place in zip(buffers, places, strict=True):
-            buffer[:] = place
+        for buffer in buffers:
+            end = at + len(buffer)
+            buffer[:] = view[at:end]
+            at = end
         return None
 
     def writev(self, sector: int, buffers: Sequence[memoryview]) -> Errno | None:
-        places = self._places(sector, buffers)
-        if places is None:
+        view, at = self._view, sector * SECTOR
+        if at < 0 or at + sum(map(len, buffers)) > len(view):
             return Errno.EIO
-        for buffer, place in zip(buffers, places, strict=True):
-            place[:] = buffer
+        for buffer in buffers:
+            end = at + len(buffer)
+            view[at:end] = buffer
+            at = end
         return None
 
     def flush(self, done: Done) -> None:

@@ -92,11 +92,12 @@ class Bridge:
 
     def forward(self, skb: Skb, source: Interface) -> None:
         """A frame has come in through port `source` (br_handle_frame)."""
-        data = skb.data
+        data, now = skb.data, self._now()
         sender, target = data[6:12], data[:6]
         if not sender[0] & 1:
-            self._table[sender] = source, self._now()
-        known = None if target[0] & 1 else self.port_of(target)
+            self._table[sender] = source, now
+        entry = None if target[0] & 1 else self._table.get(target)
+        known = entry[0] if entry is not None and now - entry[1] < AGEING_NS else None
         if known is None:
             for port in list(self.ports):
                 if port is not source:

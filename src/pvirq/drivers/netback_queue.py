@@ -43,7 +43,7 @@ from pvirq.drivers.served import ServedRing
 from pvirq.drivers.skb import Skb
 from pvirq.linux.irq import IRQ_HANDLED, IrqHandler, IrqReturn
 from pvirq.xen.grant import GrantError
-from pvirq.xen.grant_copy import read, write
+from pvirq.xen.grant_copy import read_all, write_all
 
 if TYPE_CHECKING:
     from pvirq.drivers.netback import Vif
@@ -57,17 +57,18 @@ class FatalTxError(Exception):
     """The frontend did what ends its device (xenvif_fatal_tx_err); says what."""
 
 
-class _Packet:
-    """A packet on its way in: its slots, and what the extras said of it."""
+class _Extras:
+    """What the extras of a packet on its way in said of it, and how many there were."""
 
-    __slots__ = ("extras", "flags", "gso_size", "gso_type", "multicast", "slots")
+    __slots__ = ("count", "gso_size", "gso_type", "multicast")
 
     def __init__(self) -> None:
-        self.slots: list[tuple[int, int, int, int]] = []  # (gref, offset, id, size)
-        self.extras = 0
-        self.flags = 0
+        self.count = 0
         self.gso_size = self.gso_type = 0
         self.multicast = False
+
+
+NO_EXTRAS: Final = _Extras()
 
 
 class BackQueue:
@@ -156,7 +157,7 @@ class BackQueue:
         return IRQ_HANDLED
 
     def _handle_tx(self) -> bool:
-        if not self.tx.unconsumed() and not self._tx_overflow():
+        if self.tx.req_prod == self.tx.req_cons:
             return False
         self._schedule_tx()
         return True
@@ -169,9 +170,6 @@ class BackQueue:
 
     # -- from the frontend ---------------------------------------------------------------------------------------------
 
-    def _tx_overflow(self) -> bool:
-        return (self.tx.req_prod - self.tx.req_cons & U32) > self.tx.size
-
     def _schedule_tx(self) -> None:
         if not self._polling and not self.vif.disabled:
             self._polling = True
@@ -182,17 +180,18 @@ class BackQueue:
         if self._freed or self.vif.disabled:
             self._polling = False
             return
-        work = 0
+        work, tx = 0, self.tx
         try:
             while work < BUDGET:
-                if self._tx_overflow():
+                # Packets are answered whole, so there is room for the answers to whatever the ring can hold.
+                waiting = tx.req_prod - tx.req_cons & U32
+                if waiting > tx.size:
                     raise FatalTxError(
-                        f"Impossible number of requests. req_prod {self.tx.req_prod}, req_cons {self.tx.req_cons}, "
-                        f"size {self.tx.size}"
+                        f"Impossible number of requests. req_prod {tx.req_prod}, req_cons {tx.req_cons}, size {tx.size}"
                     )
-                if not self.tx.unconsumed():
+                if not waiting:
                     break
-                self._take_packet()
+                self._take_packet(waiting)
                 work += 1
                 if self._freed:  # what the packet set off
                     return
@@ -201,7 +200,7 @@ class BackQueue:
             self._disable(str(error))
             return
         self._push_tx()
-        if work < BUDGET and not self.tx.more_requests():
+        if work < BUDGET and not tx.more_requests():
             self._polling = False
             if self._tx_eoi:
                 self._tx_eoi = False
@@ -220,75 +219,66 @@ class BackQueue:
         if self.tx.push_responses():
             self._events.notify_remote_via_irq(self._tx_irq)
 
-    def _answer(self, packet: _Packet, status: int) -> None:
-        for i, (_gref, _offset, ident, _size) in enumerate(packet.slots):
-            self.tx.put(NETIF_TX_RESPONSE.pack(ident, status))
-            if not i:
-                for _ in range(packet.extras):
-                    self.tx.put(NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL))
+    def _answer(self, idents: list[int], extras: int, status: int) -> None:
+        responses = [NETIF_TX_RESPONSE.pack(ident, status) for ident in idents]
+        if extras:
+            responses[1:1] = [NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL)] * extras
+        self.tx.put_all(responses)
 
-    def _take_packet(self) -> None:
-        """One packet off the ring, and up into the network (xenvif_tx_build_gops and xenvif_tx_submit)."""
-        packet = self._read_slots()
-        if packet.multicast:
-            self._answer(packet, NETIF_RSP_OKAY)
+    def _take_packet(self, waiting: int) -> None:
+        """One packet off the ring, of `waiting` requests, and up into the network (xenvif_tx_build_gops, _submit)."""
+        gref, offset, flags, ident, total = NETIF_TX_REQUEST.unpack_from(*self.tx.take())
+        idents, first, extras = [ident], total, NO_EXTRAS
+        pieces = [(gref, offset, total)]
+        if flags & NETTXF_extra_info:
+            extras = self._read_extras(waiting - 1)
+            if extras.multicast:
+                self._answer(idents, extras.count, NETIF_RSP_OKAY)
+                return
+        if flags & NETTXF_more_data:
+            self._read_slots(waiting - extras.count, idents, pieces)
+            first -= sum([size for _gref, _offset, size in pieces[1:]])
+            pieces[0] = gref, offset, first
+        if first < 0 or total < ETH_HLEN or len(pieces) > XEN_NETIF_NR_SLOTS_MIN:
+            self._answer(idents, extras.count, NETIF_RSP_ERROR)
             return
-        total = packet.slots[0][3]
-        sizes = [slot[3] for slot in packet.slots]
-        sizes[0] = total - sum(sizes[1:])
-        if sizes[0] < 0 or total < ETH_HLEN or len(packet.slots) > XEN_NETIF_NR_SLOTS_MIN:
-            self._answer(packet, NETIF_RSP_ERROR)
-            return
-        for (_gref, offset, _ident, _size), size in zip(packet.slots, sizes, strict=True):
+        for _gref, offset, size in pieces:
             if offset + size > PAGE_SIZE:
                 raise FatalTxError(f"Cross page boundary, txp->offset: {offset}, size: {size}")
-        domain, domid, slots = self._domain, self._domid, packet.slots
-        try:
-            parts = [read(domain, domid, slot[0], slot[1], size) for slot, size in zip(slots, sizes, strict=True)]
-        except GrantError as error:
-            vif = self.vif
-            self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
-            self._answer(packet, NETIF_RSP_ERROR)
-            return
-        self._answer(packet, NETIF_RSP_OKAY)
         vif = self.vif
+        try:
+            data = read_all(self._domain, self._domid, pieces)
+        except GrantError as error:
+            self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
+            self._answer(idents, extras.count, NETIF_RSP_ERROR)
+            return
+        self._answer(idents, extras.count, NETIF_RSP_OKAY)
         vif.tx_packets += 1
         vif.tx_bytes += total
-        skb = Skb(
-            parts[0] if len(parts) == 1 else b"".join(parts),
-            bool(packet.flags & NETTXF_csum_blank),
-            bool(packet.flags & NETTXF_data_validated),
-            packet.gso_size,
-            packet.gso_type,
-        )
-        vif.receive(skb)
+        csum_blank, validated = flags & NETTXF_csum_blank != 0, flags & NETTXF_data_validated != 0
+        vif.receive(Skb(data, csum_blank, validated, extras.gso_size, extras.gso_type))
 
-    def _read_slots(self) -> _Packet:
-        """All of a packet's slots, copied (xenvif_get_extras, xenvif_count_requests)."""
-        packet = _Packet()
-        gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
-        packet.slots.append((gref, offset, ident, size))
-        packet.flags = flags
-        if flags & NETTXF_extra_info:
-            self._read_extras(packet)
-            if packet.multicast:
-                return packet
+    def _read_slots(self, waiting: int, idents: list[int], pieces: list[tuple[int, int, int]]) -> None:
+        """The slots behind a packet's first, of `waiting` requests with that one (xenvif_count_requests)."""
+        take, unpack, flags = self.tx.take, NETIF_TX_REQUEST.unpack_from, NETTXF_more_data
         while flags & NETTXF_more_data:
-            if not self.tx.unconsumed():
-                raise FatalTxError(f"Asked for {len(packet.slots)} slots but exceeds this limit")
-            if len(packet.slots) >= FATAL_SLOTS:
-                raise FatalTxError(f"Malicious frontend using {len(packet.slots)} slots, threshold {FATAL_SLOTS}")
-            gref, offset, flags, ident, size = NETIF_TX_REQUEST.unpack(self.tx.request())
-            packet.slots.append((gref, offset, ident, size))
-        return packet
+            if len(pieces) >= waiting:
+                raise FatalTxError(f"Asked for {len(pieces)} slots but exceeds this limit")
+            if len(pieces) >= FATAL_SLOTS:
+                raise FatalTxError(f"Malicious frontend using {len(pieces)} slots, threshold {FATAL_SLOTS}")
+            gref, offset, flags, ident, size = unpack(*take())
+            pieces.append((gref, offset, size))
+            idents.append(ident)
 
-    def _read_extras(self, packet: _Packet) -> None:
+    def _read_extras(self, waiting: int) -> _Extras:
+        """A packet's extras, of `waiting` requests (xenvif_get_extras)."""
+        extras = _Extras()
         while True:
-            if not self.tx.unconsumed():
+            if extras.count >= waiting:
                 raise FatalTxError("Missing extra info")
-            entry = self.tx.request()[: NETIF_EXTRA_GSO.size]
-            packet.extras += 1
-            kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack(entry)
+            entry, at = self.tx.take()
+            extras.count += 1
+            kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack_from(entry, at)
             if not kind or kind >= XEN_NETIF_EXTRA_TYPE_MAX:
                 raise FatalTxError(f"Invalid extra type: {kind}")
             if kind == XEN_NETIF_EXTRA_TYPE_GSO:
@@ -296,16 +286,16 @@ class BackQueue:
                     raise FatalTxError(f"Bad GSO type {gso_type}.")
                 if not size:
                     raise FatalTxError("GSO size must not be zero.")
-                packet.gso_size, packet.gso_type = size, gso_type
+                extras.gso_size, extras.gso_type = size, gso_type
             elif kind in (XEN_NETIF_EXTRA_TYPE_MCAST_ADD, XEN_NETIF_EXTRA_TYPE_MCAST_DEL):
-                packet.multicast = True
-                address = NETIF_EXTRA_MCAST.unpack(entry)[2]
+                extras.multicast = True
+                address = NETIF_EXTRA_MCAST.unpack_from(entry, at)[2]
                 if kind == XEN_NETIF_EXTRA_TYPE_MCAST_DEL:
                     self.vif.multicast.discard(address)
                 elif len(self.vif.multicast) < 64:  # XEN_NETBK_MCAST_MAX
                     self.vif.multicast.add(address)
             if not flags & XEN_NETIF_EXTRA_FLAG_MORE:
-                return
+                return extras
 
     # -- to the frontend -----------------------------------------------------------------------------------------------
 
@@ -365,20 +355,25 @@ class BackQueue:
             flags |= NETRXF_extra_info
         offset = vif.headroom
         room = PAGE_SIZE - offset
+        responses = []
+        idents, pieces = [], []
         for at in range(0, size, room):
-            ident, gref = NETIF_RX_REQUEST.unpack(rx.request())
-            part = data[at : at + room]
-            status = len(part)
-            try:
-                write(self._domain, self._domid, gref, offset, part)
-            except GrantError as error:
+            ident, gref = NETIF_RX_REQUEST.unpack_from(*rx.take())
+            idents.append(ident)
+            pieces.append((gref, offset, memoryview(data)[at : at + room] if size > room else data))
+            if not at:
+                for _ in extras:
+                    rx.take()  # it takes a buffer's place
+        results = write_all(self._domain, self._domid, pieces)
+        left = len(pieces)
+        for ident, (_gref, _offset, part), error in zip(idents, pieces, results, strict=True):
+            status, left = len(part), left - 1
+            if error is not None:
                 self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy to the frontend failed: {error}")
                 status = NETIF_RSP_ERROR
-            more = NETRXF_more_data if at + room < size else 0
-            rx.put(NETIF_RX_RESPONSE.pack(ident, offset, flags | more, status))
-            for extra in extras:
-                rx.request()  # it takes a buffer's place
-                rx.put(extra)
+            responses.append(NETIF_RX_RESPONSE.pack(ident, offset, flags | NETRXF_more_data if left else flags, status))
+            responses += extras
             flags, extras = 0, []
+        rx.put_all(responses)
         vif.rx_packets += 1
         vif.rx_bytes += size

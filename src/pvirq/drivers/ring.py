@@ -24,21 +24,21 @@ class RingPages:
         first = mfns[0]
         self.words = machine.page(first)[:16].cast("I")
         self._pages = [machine.page(mfn) for mfn in mfns]
-        self._whole: memoryview | None = None
+        self.whole: memoryview | None = None  # all of it, where the pages lie one behind the other
         if list(mfns) == list(range(first, first + len(mfns))):
-            self._whole = machine.mem[first << PAGE_SHIFT : (first + len(mfns)) << PAGE_SHIFT]
+            self.whole = machine.mem[first << PAGE_SHIFT : (first + len(mfns)) << PAGE_SHIFT]
 
     def read(self, at: int, size: int) -> bytes:
         """A copy of some bytes: what is decided on can't change any more."""
-        if self._whole is not None:
-            return bytes(self._whole[at : at + size])
+        if self.whole is not None:
+            return bytes(self.whole[at : at + size])
         page, start = at // PAGE_SIZE, at % PAGE_SIZE
         data = bytes(self._pages[page][start : start + size])
         return data if len(data) == size else data + bytes(self._pages[page + 1][: size - len(data)])
 
     def write(self, at: int, data: bytes) -> None:
-        if self._whole is not None:
-            self._whole[at : at + len(data)] = data
+        if self.whole is not None:
+            self.whole[at : at + len(data)] = data
             return
         page, start = at // PAGE_SIZE, at % PAGE_SIZE
         here = min(PAGE_SIZE - start, len(data))
@@ -110,6 +110,7 @@ class BackRing:
         self.entry_size = entry_size
         self.size = ring_size(entry_size, pages.size)
         self._pages = pages
+        self._whole = pages.whole
         self._words = pages.words
         self.rsp_prod_pvt = self.req_cons = self._words[RSP_PROD]
 
@@ -132,12 +133,23 @@ class BackRing:
         self.req_cons = self.req_cons + 1 & U32
         return self._pages.read(at, self.entry_size)
 
+    def take(self) -> tuple[memoryview | bytes, int]:
+        """The next request, in place where it can be: what it is in, and where. It is taken with that.
+
+        Its bytes stay what they are until the frontend runs: so long they need no copy.
+        """
+        at = RING_HEADER + (self.req_cons & self.size - 1) * self.entry_size
+        self.req_cons = self.req_cons + 1 & U32
+        whole = self._whole
+        return (whole, at) if whole is not None else (self._pages.read(at, self.entry_size), 0)
+
     def more_requests(self) -> bool:
         """Nothing more now? Then the next one is to be notified (RING_FINAL_CHECK_FOR_REQUESTS)."""
-        if self.unconsumed():
+        if self._words[REQ_PROD] != self.req_cons and self.unconsumed():
             return True
+        # The macro looks once more, for what came in between. Here no frontend has run meanwhile.
         self._words[REQ_EVENT] = self.req_cons + 1 & U32
-        return bool(self.unconsumed())
+        return False
 
     def has_requests(self, count: int) -> bool:
         """Are there so many? If not, the next one is to be notified (xenvif_rx_ring_slots_available)."""
@@ -152,9 +164,25 @@ class BackRing:
 
     def put(self, response: bytes) -> None:
         """Write the next response; unseen until `push_responses`."""
-        at = RING_HEADER + (self.rsp_prod_pvt & self.size - 1) * self.entry_size
-        self._pages.write(at, response)
-        self.rsp_prod_pvt = self.rsp_prod_pvt + 1 & U32
+        prod, whole = self.rsp_prod_pvt, self._whole
+        at = RING_HEADER + (prod & self.size - 1) * self.entry_size
+        if whole is not None:
+            whole[at : at + len(response)] = response
+        else:
+            self._pages.write(at, response)
+        self.rsp_prod_pvt = prod + 1 & U32
+
+    def put_all(self, responses: Sequence[bytes]) -> None:
+        """Write the next responses."""
+        whole, size, mask, prod = self._whole, self.entry_size, self.size - 1, self.rsp_prod_pvt
+        for response in responses:
+            at = RING_HEADER + (prod & mask) * size
+            if whole is not None:
+                whole[at : at + len(response)] = response
+            else:
+                self._pages.write(at, response)
+            prod += 1
+        self.rsp_prod_pvt = prod & U32
 
     @property
     def rsp_prod(self) -> int:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class ServedRing:
     """One ring: `name` says which of its device's, `notify` tells the frontend of what has been pushed.
 
-    The backend calls `ring.put` with each response and `ring.push_responses` when they are to be seen; where that is
-    true, it calls `notify`.
+    The backend calls `ring.put` with each response, or `ring.put_all` with several, and `ring.push_responses` when they
+    are to be seen; where that is true, it calls `notify`.
     """
 
     dev: Device

@@ -7,6 +7,7 @@ use is its active entry here. Mappings of grants are in `pvirq.xen.grant_map`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -287,6 +288,27 @@ class GrantTable:
             return None
         machine = self.domain.machine
         return mfn if mfn < machine.frames and machine.owner[mfn] == self.domain.domid else None
+
+    def peek_all(self, refs: Sequence[int], user: int, *, readonly: bool) -> list[int | None]:
+        """`peek` of several."""
+        domain = self.domain
+        if self.version != 1 or domain.dying:
+            return [self.peek(ref, user, readonly=readonly) for ref in refs]
+        machine = domain.machine
+        u64, owner, most, domid = machine.u64, machine.owner, machine.frames, domain.domid
+        frames, active, entries = self.frames, self.active, self.entries
+        expected = {flags | user << 16 for flags in (_PLAIN_ANY if readonly else _PLAIN_WRITABLE)}
+        found: list[int | None] = []
+        for ref in refs:
+            mfn = None
+            if ref < entries and ref not in active:
+                entry = u64[(frames[ref >> 9] << 9) + (ref & 511)]
+                if entry & 0xFFFFFFFF in expected:
+                    mfn = entry >> 32
+                    if mfn >= most or owner[mfn] != domid:
+                        mfn = None
+            found.append(mfn)
+        return found
 
     def acquire(self, ref: int, user: int, increment: int, *, mapping: bool, transitive: bool = True) -> ActiveEntry:
         """Count one more use of a grant by domain `user`, `increment` being a GNTPIN_*_inc.

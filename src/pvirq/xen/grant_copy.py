@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pvirq.abi import grant_table as abi
@@ -75,14 +76,13 @@ def read(user: Domain, domid: int, ref: int, offset: int, length: int) -> bytes:
 
     GrantError as `copy` has it.
     """
-    owner = _granter(user, domid)
-    table = owner.grant_table
-    assert table is not None
-    mfn = table.peek(ref, user.domid, readonly=True)
-    if mfn is not None and offset + length <= PAGE_SIZE:
-        at = (mfn << PAGE_SHIFT) + offset
-        return bytes(user.machine.mem[at : at + length])
-    claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstr_inc)
+    owner = user.hypervisor.domains.get(domid)
+    if owner is not None and owner.grant_table is not None and offset + length <= PAGE_SIZE:
+        mfn = owner.grant_table.peek(ref, user.domid, readonly=True)
+        if mfn is not None:
+            at = (mfn << PAGE_SHIFT) + offset
+            return bytes(user.machine.mem[at : at + length])
+    claim = _Claim(user, Side(ref, domid, offset, True), _granter(user, domid), GNTPIN_hstr_inc)
     try:
         claim.check(offset, length)
         at = (claim.mfn << PAGE_SHIFT) + offset
@@ -91,23 +91,93 @@ def read(user: Domain, domid: int, ref: int, offset: int, length: int) -> bytes:
         claim.release()
 
 
-def write(user: Domain, domid: int, ref: int, offset: int, data: bytes) -> None:
+def write(user: Domain, domid: int, ref: int, offset: int, data: bytes | memoryview) -> None:
     """GNTTABOP_copy by domain `user` of `data`, from a buffer of its own to a grant of `domid`'s. GrantError."""
-    owner = _granter(user, domid)
-    table = owner.grant_table
-    assert table is not None
-    mfn = table.peek(ref, user.domid, readonly=False)
-    if mfn is not None and offset + len(data) <= PAGE_SIZE:
-        _check_writable(user.machine, mfn)
-        _store(user, mfn, offset, data)
-        return
-    claim = _Claim(user, Side(ref, domid, offset, True), owner, GNTPIN_hstw_inc)
+    owner = user.hypervisor.domains.get(domid)
+    if owner is not None and owner.grant_table is not None and offset + len(data) <= PAGE_SIZE:
+        mfn = owner.grant_table.peek(ref, user.domid, readonly=False)
+        if mfn is not None:
+            _check_writable(user.machine, mfn)
+            at = (mfn << PAGE_SHIFT) + offset
+            user.machine.mem[at : at + len(data)] = data
+            if data:
+                owner.frame_written(at, len(data))
+            return
+    claim = _Claim(user, Side(ref, domid, offset, True), _granter(user, domid), GNTPIN_hstw_inc)
     try:
         _check_writable(user.machine, claim.mfn)
         claim.check(offset, len(data))
         _store(user, claim.mfn, offset, data)
     finally:
         claim.release()
+
+
+def read_all(user: Domain, domid: int, pieces: Sequence[tuple[int, int, int]]) -> bytes:
+    """`read` of several, each (reference, offset, length): one behind the other. GrantError for the first."""
+    if len(pieces) == 1:
+        return read(user, domid, *pieces[0])
+    table = _granter(user, domid).grant_table
+    assert table is not None
+    mem, parts = user.machine.mem, []
+    mfns = table.peek_all([piece[0] for piece in pieces], user.domid, readonly=True)
+    for mfn, (ref, offset, length) in zip(mfns, pieces, strict=True):
+        if mfn is None or offset + length > PAGE_SIZE:
+            parts.append(memoryview(read(user, domid, ref, offset, length)))
+        else:
+            at = (mfn << PAGE_SHIFT) + offset
+            parts.append(mem[at : at + length])
+    return b"".join(parts)
+
+
+def write_all(
+    user: Domain, domid: int, pieces: Sequence[tuple[int, int, bytes | memoryview]]
+) -> list[GrantError | None]:
+    """`write` of several, each (reference, offset, data): what became of each. The owner's CPUs are told at the end."""
+    try:
+        owner = _granter(user, domid)
+        if len(pieces) == 1:
+            write(user, domid, *pieces[0])
+            return [None]
+    except GrantError as error:
+        return [error] * len(pieces)
+    table, machine = owner.grant_table, user.machine
+    assert table is not None
+    mem, type_, type_count = machine.mem, machine.type, machine.type_count
+    results: list[GrantError | None] = []
+    written: list[tuple[int, int]] = []
+    mfns = table.peek_all([piece[0] for piece in pieces], user.domid, readonly=False)
+    for mfn, (ref, offset, data) in zip(mfns, pieces, strict=True):
+        result = None
+        if (
+            mfn is None or offset + len(data) > PAGE_SIZE
+            or (type_count[mfn] and type_[mfn] != PGT_WRITABLE)
+        ):  # fmt: skip
+            try:
+                write(user, domid, ref, offset, data)
+            except GrantError as error:
+                result = error
+        else:
+            at = (mfn << PAGE_SHIFT) + offset
+            end = at + len(data)
+            mem[at:end] = data
+            written.append((at, end))
+        results.append(result)
+    tell_written(owner, written)
+    return results
+
+
+def tell_written(owner: Domain, ranges: Sequence[tuple[int, int]]) -> None:
+    """Tell a domain's CPUs what was written of its memory: from one machine address to another, once for each run."""
+    at = end = -1
+    # In order: frontends use their pages from either end, and each call costs as much as a page's copy.
+    for start, stop in sorted(ranges):
+        if start > end:
+            if end > at:
+                owner.frame_written(at, end - at)
+            at = start
+        end = max(end, stop)
+    if end > at:
+        owner.frame_written(at, end - at)
 
 
 def _granter(user: Domain, domid: int) -> Domain:
@@ -123,7 +193,7 @@ def _check_writable(machine: Machine, mfn: int) -> None:
         raise GrantError(abi.GNTST_general_error, f"mfn {mfn:#x} is a page table or descriptor page")
 
 
-def _store(user: Domain, mfn: int, offset: int, data: bytes) -> None:
+def _store(user: Domain, mfn: int, offset: int, data: bytes | memoryview) -> None:
     """Write into a frame, and tell the CPUs of its owner."""
     machine = user.machine
     where = (mfn << PAGE_SHIFT) + offset

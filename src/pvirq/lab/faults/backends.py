@@ -1,12 +1,13 @@
 """Faults of domain 0's backends: answers that come late, never, as errors or as lies; a driver that is reloaded.
 
-A backend's answers pass the rules on their way into the ring (`BackRing.put`) and when they are to be seen
+A backend's answers pass the rules on their way into the ring (`BackRing.put`, `put_all`) and when they are to be seen
 (`push_responses`), which stand in front of the ring's own only while there is a rule. How far a frontend may look is
 one index, so an answer that is held up holds up those behind it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -211,15 +212,20 @@ class AnswerFaults:
             for disturbed in list(self._rings.values()):
                 self._uncover(disturbed)
 
+    @property
+    def _covers(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """What stands in front of a ring's own."""
+        return ("put", self._put), ("put_all", self._put_all), ("push_responses", self._push)
+
     def _cover(self, served: ServedRing) -> None:
         disturbed = self._rings[served.ring] = Disturbed(served)
-        for name, function in (("put", self._put), ("push_responses", self._push)):
+        for name, function in self._covers:
             setattr(served.ring, name, partial(function, disturbed))
 
     def _uncover(self, disturbed: Disturbed) -> None:
         ring = disturbed.served.ring
         del self._rings[ring]
-        for name in ("put", "push_responses"):
+        for name, _function in self._covers:
             delattr(ring, name)
 
     def _over(self, served: ServedRing) -> None:
@@ -235,6 +241,10 @@ class AnswerFaults:
             if rule.is_for(disturbed.served):
                 response = rule.changed(disturbed.served, response)
         BackRing.put(disturbed.served.ring, response)
+
+    def _put_all(self, disturbed: Disturbed, responses: Sequence[bytes]) -> None:
+        for response in responses:
+            self._put(disturbed, response)
 
     def _push(self, disturbed: Disturbed) -> bool:
         served, ring, now = disturbed.served, disturbed.served.ring, self._host.clock.now()
