@@ -171,7 +171,7 @@ class Host(RunLoop):
         try:
             machine = PvGuest(
                 domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns, max_memory_bytes=config.maxmem,
-                counted=self.schedule is not None,
+                repeatable=self.schedule is not None,
             )  # fmt: skip
         except EngineError:
             self.hypervisor.destroy_domain(domain)
@@ -247,8 +247,6 @@ class Host(RunLoop):
             raise ForkError("a disk that QEMU's server reads can't be copied: convert its image to raw")
 
         def prepare() -> None:
-            for machine in self._machines.values():
-                machine.engine.forked()
             for store in stores:
                 if isinstance(store, InPlaceStore):
                     store.forked()

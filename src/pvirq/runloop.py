@@ -270,7 +270,7 @@ class RunLoop:
         self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
         engine = self._running.engine
         engine.pauses = pauses
-        if engine.counted and not clock.is_counter(engine.counter):
+        if not clock.is_counter(engine.counter):
             # Each engine counts what it executes itself; time is all of that.
             engine.set_counter(clock.counter())
             clock.replace_counter(engine.counter)

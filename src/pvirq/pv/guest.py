@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from pvirq.abi import vcpu as vcpu_abi
-from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START, VMASST_TYPE_m2p_strict
+from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START, VMASST_TYPE_architectural_iopl, VMASST_TYPE_m2p_strict
 from pvirq.abi.errno import XenError
 from pvirq.abi.memory import E820_RAM
 from pvirq.abi.sched import SHUTDOWN_crash
@@ -45,9 +45,9 @@ class PvGuest:
         *,
         wallclock_ns: int = 0,
         max_memory_bytes: int = 0,
-        counted: bool = False,
+        repeatable: bool = False,
     ) -> None:
-        """Give `domain` its RAM and an engine, one that is `counted` for a repeatable run.
+        """Give `domain` its RAM and an engine, one that is `repeatable` (`pvirq.engine.open_engine`).
 
         EngineError or XenError(ENOMEM) where that can't be had.
         """
@@ -58,7 +58,7 @@ class PvGuest:
         self.memory_map = [(0, self.max_frames << PAGE_SHIFT, E820_RAM)]
         self.wallclock_ns = wallclock_ns
         self.uuid = bytes(16)
-        self.assists = 0
+        self._assists = 0
         self.console_port = 0
         self.store_port = 0
         self.crash: str | None = None
@@ -71,13 +71,12 @@ class PvGuest:
         self._xen_frames = [self.window.frames]
         self._m2p_entry = self._make_m2p_tables()
         self.tables = PageTables(domain, self._xen_slots, self._flush_tlb)
-        self.engine = open_engine(engine, machine.mem, _NOBODY, counted=counted)
+        self.engine = open_engine(engine, machine.mem, _NOBODY, repeatable=repeatable)
         domain.frame_written = self.engine.invalidate_code
         domain.grant_table = GrantTable(domain)
         self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]
         self.current = self.cpus[0]
-        self.engine.handler = self.current
-        self._blank_state: bytes | None = None
+        self.engine.exchange(self.current.slot, self.current)
         self.kernel_image: Callable[[], KernelImage | None] = lambda: None  # the file that it runs, if it is there
         domain.hypervisor.probes.register(domain, ProbedGuest(self))
 
@@ -106,6 +105,17 @@ class PvGuest:
         for i in range(-(-table_bytes // (2 << 20))):
             machine.u64[(first << 9) + i] = (machine.m2p_mfn + i * 512) << PAGE_SHIFT | M2P_LARGE_PAGE
         return level3 << PAGE_SHIFT | M2P_TABLE
+
+    @property
+    def assists(self) -> int:
+        """The VMASST_TYPE_* that the guest has asked for, as bits."""
+        return self._assists
+
+    @assists.setter
+    def assists(self, value: int) -> None:
+        self._assists = value
+        for cpu in self.cpus:
+            cpu.architectural_iopl = value >> VMASST_TYPE_architectural_iopl & 1
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -230,13 +240,8 @@ class PvGuest:
     def _load(self, cpu: PvVcpu) -> None:
         if cpu is self.current:
             return
-        if self._blank_state is None:
-            self._blank_state = self.engine.save()
-        self.current.saved_engine_state = self.engine.save()
-        self.engine.restore(cpu.saved_engine_state or self._blank_state)
-        self.tables.stale.clear()
+        self.engine.exchange(cpu.slot, cpu)
         self.current = cpu
-        self.engine.handler = cpu
 
     @contextmanager
     def loaded(self, cpu: PvVcpu) -> Iterator[None]:
@@ -258,6 +263,7 @@ class PvGuest:
         engine.stop_at = until_ticks
         switched = cpu is not self.current
         self._load(cpu)
+        cpu.note()
         self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
         vtimer.resume_periodic(vcpu)
         try:
