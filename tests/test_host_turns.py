@@ -50,6 +50,9 @@ class Machine:
     def woken(self, vcpu: Vcpu) -> None:
         pass
 
+    def end_turn(self) -> None:
+        pass
+
     def run(self, vcpu: Vcpu, until: int | None) -> None:
         clock, engine = self.host.clock, self.engine
         began = clock.now()

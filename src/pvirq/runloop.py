@@ -60,6 +60,7 @@ class RunLoop:
         self._late: dict[Vcpu, Timer] = {}  # those that the schedule lets wait before they are that
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
+        self._on_cpu: PvGuest | None = None  # whose vCPU's turn isn't over, though it may be stopped for a moment
         self._last: Vcpu | None = None
         self._slice_end = 0  # of the vCPU that ran last, in ns
         hypervisor.on_wake = self._wake
@@ -100,7 +101,7 @@ class RunLoop:
     def remove_machine(self, domid: int) -> PvGuest:
         """A real guest runs no more; another one's counter goes on as the clock's. KeyError."""
         machine = self._machines.pop(domid)
-        self._last = None
+        self._last = self._on_cpu = None
         self.clock.remove_offset(machine.engine.set_tsc_offset)
         if not self._machines:
             self.clock.stop()
@@ -133,10 +134,13 @@ class RunLoop:
         elif (machine := self._machines.get(domid)) is not None:
             machine.woken(vcpu)
             if vcpu is not self._running_vcpu:
-                self._slice_end = min(self._slice_end, self.clock.now() + GRACE_NS)
-                if self._running is not None:
-                    self._running.engine.pauses = self.patience
-                    self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
+                running, end = self._running, self.clock.now() + GRACE_NS
+                if running is not None:
+                    running.engine.pauses = self.patience
+                if end < self._slice_end:
+                    self._slice_end = end
+                    if running is not None:
+                        running.engine.stop_at = self.clock.counter_at(self._turn_end())
 
     def _lets_wait(self, vcpu: Vcpu) -> bool:
         """Does a modelled vCPU that was woken now have its turn later?"""
@@ -234,6 +238,9 @@ class RunLoop:
             return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:
+            if self._on_cpu is not None:
+                self._on_cpu.end_turn()
+                self._on_cpu = None
             return False
         now = self.clock.now()
         # Who was stopped for domain 0's sake, or let another become ready, goes on until its time is up.
@@ -266,16 +273,21 @@ class RunLoop:
 
     def _run_vcpu(self, vcpu: Vcpu, pauses: int) -> None:
         clock = self.clock
-        until = self._turn_end()
-        self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
-        engine = self._running.engine
+        machine = self._machines[vcpu.domain.domid]
+        engine = machine.engine
         engine.pauses = pauses
-        if not clock.is_counter(engine.counter):
-            # Each engine counts what it executes itself; time is all of that.
-            engine.set_counter(clock.counter())
-            clock.replace_counter(engine.counter)
+        if machine is not self._on_cpu:
+            if self._on_cpu is not None:
+                self._on_cpu.end_turn()
+            self._on_cpu = machine
+            if not clock.is_counter(engine.counter):
+                # Each engine counts what it executes itself; time is all of that.
+                engine.set_counter(clock.counter())
+                clock.replace_counter(engine.counter)
+        until = self._turn_end()
+        self._running, self._running_vcpu = machine, vcpu
         try:
-            self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
+            machine.run(vcpu, None if until == FOREVER else clock.counter_at(until))
             if engine.pauses <= 0 or vcpu.yielded:
                 vcpu.yielded = False
                 self._slice_end = 0

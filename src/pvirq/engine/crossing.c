@@ -19,6 +19,7 @@ typedef uint64_t u64;
 /* struct CPUX86State and struct segment_cache; see unicorn_state.py, which has tried each offset. */
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 };
 enum { EIP = 128, EFLAGS = 136, CC_DST = 144, CC_SRC = 152, CC_SRC2 = 160, CC_OP = 168, DF = 172, HFLAGS = 176 };
+enum { SEGMENTS = 184, SEGMENT = 24, BASE = 8, LIMIT = 16, KIND = 20, ES = 0, CS, SS, DS, FS, GS };
 enum { CS_SELECTOR = 208, SS_SELECTOR = 232, SS_FLAGS = 252, FS_BASE = 288, GS_BASE = 312, CR2 = 440, CR3 = 448 };
 enum { STATE = 5608 };
 
@@ -31,7 +32,9 @@ enum { HF_MODE = 0x8070, HF_LONG_MODE = 0x8030 };
 #define HF_OTHER_SPACE (1u << 26)
 enum { CC_OP_EFLAGS = 1, FLAT_FLAGS = 0xC0F300 };
 #define SEGMENT_P (1ull << 47)
+#define SEGMENT_S (1ull << 44)
 #define CODE_L (1ull << 53)
+enum { SEGMENT_KIND = 0xF0FF00, GRANULAR = 1 << 23 };
 #define ARITHMETIC 0x8D5ull
 #define FLAG_TF (1ull << 8)
 #define FLAG_IF (1ull << 9)
@@ -66,6 +69,8 @@ struct vcpu {
     u64 gdt;                    /* where the entries of the page table are that maps its GDT, of 16 pages */
     u64 hypercalls;             /* nobody wants to be told of them */
     u64 fault_entry, fault_masks; /* of the trap table */
+    u64 runstate_area;          /* where the guest wants the rest of this line: struct vcpu_runstate_info */
+    u64 runstate, since, times[4];
     /* While another has its turn: */
     u64 there;                  /* it has had one before */
     u64 cr3_aside, code_seen;
@@ -186,7 +191,7 @@ static int may_load(struct cpu *c, struct vcpu *v, u64 cs, u64 ss)
     u64 code = descriptor_of(c, v, cs), stack = descriptor_of(c, v, ss);
 
     return code & SEGMENT_P && (code >> 40 & 0x18) == 0x18 && code & CODE_L &&
-           stack & SEGMENT_P && (stack >> 40 & 0x1A) == 0x12 && is_loaded(c->env, stack >> 32 & 0xF0FF00);
+           stack & SEGMENT_P && (stack >> 40 & 0x1A) == 0x12 && is_loaded(c->env, stack >> 32 & SEGMENT_KIND);
 }
 
 static void swap(u8 *a, u8 *b, unsigned size)
@@ -453,4 +458,53 @@ void exchange(struct cpu *c, struct vcpu *from, struct vcpu *to)
         timeless(c);
         c->flush(c->object);
     }
+}
+
+/* PvVcpu.reload_segments, and 1; 0 where one of them isn't ordinary. */
+int reload(struct cpu *c, struct vcpu *v)
+{
+    const u8 segments[] = { ES, DS, FS, GS };
+    u64 descriptors[sizeof segments];
+    u8 *env = c->env;
+
+    for (unsigned i = 0; i < sizeof segments; i++) {
+        u16 selector = E32(SEGMENTS + segments[i] * SEGMENT);
+        descriptors[i] = selector > 3 ? descriptor_of(c, v, selector) : 0;
+        if (selector > 3 && (~descriptors[i] & (SEGMENT_P | SEGMENT_S)))
+            return 0;
+    }
+    for (unsigned i = 0; i < sizeof segments; i++) {
+        u64 at = SEGMENTS + segments[i] * SEGMENT, low = (u32)descriptors[i], high = descriptors[i] >> 32;
+        u32 limit = (low & 0xFFFF) | (high & 0xF0000);
+        if (!descriptors[i])
+            continue;
+        if (segments[i] != FS && segments[i] != GS)
+            E64(at + BASE) = low >> 16 | (high & 0xFF) << 16 | (high & 0xFF000000);
+        E32(at + LIMIT) = high & GRANULAR ? limit << 12 | 0xFFF : limit;
+        E32(at + KIND) = high & SEGMENT_KIND;
+    }
+    return 1;
+}
+
+/* PvGuest._change_runstate, and 1; 0 where the guest's area is to be written, and can't be in one go. */
+int change_runstate(struct cpu *c, struct vcpu *v, u64 state, u64 now, int write)
+{
+    u8 *area;
+
+    v->times[v->runstate] += now - v->since;
+    v->runstate = state;
+    v->since = now + !now; /* never 0, as Xen has always been up for a while */
+    if (!write || !v->runstate_area)
+        return 1;
+    area = translate(c, v->kernel_root, v->runstate_area, RW, 48);
+    if (area)
+        copy(area, &v->runstate, 48);
+    return !!area;
+}
+
+/* The event callback of PvVcpu.deliver_events, and 1; 0 where that isn't ordinary. */
+int upcall(struct cpu *c, struct vcpu *v, u64 target, u64 rip)
+{
+    u8 *env = c->env;
+    return bounce(c, v, (u16)E32(CS_SELECTOR), (u16)E32(SS_SELECTOR), target, 1, rip, flags(c), NULL, REG(RCX), REG(R11));
 }

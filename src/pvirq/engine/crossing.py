@@ -41,6 +41,8 @@ VCPU_BYTES: Final = STATE * 8 + STATE_BYTES + 32768
 # In a part of a TLB: its size - 64, the pointer to its entries of 64 bytes, and to what belongs to each, of 16.
 TLB_MASK_AT, TLB_ENTRIES_AT, TLB_IO_AT = 696, 704, 688
 
+_CODE: Final = resources.files("pvirq.engine").joinpath("crossing.bin").read_bytes()
+
 _libc: Final = ctypes.CDLL(None)
 _libc.calloc.restype = ctypes.c_void_p
 _libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
@@ -54,11 +56,12 @@ class Crossing:
     """
 
     def __init__(self, state: CpuState, memory: int, memory_bytes: int) -> None:
-        code = resources.files("pvirq.engine").joinpath("crossing.bin").read_bytes()
-        self._code = mmap.mmap(-1, len(code), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._code[:] = code
+        self._code = mmap.mmap(-1, len(_CODE), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._code[:] = _CODE
         base = ctypes.addressof(ctypes.c_uint8.from_buffer(self._code))
-        self.on_syscall, self.on_interrupt, exchange = (base + at for at in struct.unpack_from("<3I", code))
+        self.on_syscall, self.on_interrupt, exchange, reload, change_runstate, upcall = (
+            base + at for at in struct.unpack_from("<6I", _CODE)
+        )
         self._struct = (ctypes.c_uint64 * CPU_ITEMS)()
         self.data = ctypes.addressof(self._struct)
         self.cpu = memoryview(self._struct).cast("B").cast("Q")
@@ -67,7 +70,16 @@ class Crossing:
         )  # fmt: skip
         for item, address in state.addresses().items():
             self.cpu[item] = address
-        self.exchange: Callable[[int, int, int], None] = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(exchange)
+        # Of the struct above, a slot's address, and what else they take.
+        pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
+        self.exchange: Callable[[int, int, int], None] = ctypes.PYFUNCTYPE(None, *[pointer] * 3)(exchange)
+        self.reload: Callable[[int, int], int] = ctypes.PYFUNCTYPE(ctypes.c_int, pointer, pointer)(reload)
+        self.change_runstate: Callable[[int, int, int, int, bool], int] = ctypes.PYFUNCTYPE(
+            ctypes.c_int, pointer, pointer, u64, u64, ctypes.c_int
+        )(change_runstate)
+        self.upcall: Callable[[int, int, int, int], int] = ctypes.PYFUNCTYPE(ctypes.c_int, pointer, pointer, u64, u64)(
+            upcall
+        )
         self._slots: list[tuple[Slot, object]] = []
 
     def call(self, item: int, callback: Any) -> None:

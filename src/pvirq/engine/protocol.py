@@ -48,8 +48,9 @@ CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
 (
     USER_MODE, KERNEL_ROOT, USER_ROOT, WALK_ROOT, OTHER_GS_BASE, KERNEL_SP, KERNEL_SS, SYSCALL_ENTRY, SYSCALL_MASKS,
     INFO, NMI_PENDING, NMI_MASKED, IOPL, ARCHITECTURAL_IOPL, GDT, SHORT_HYPERCALLS, FAULT_ENTRY, FAULT_MASKS,
-) = range(18)  # fmt: skip
-SLOT_ITEMS: Final = 18
+    RUNSTATE_AREA, RUNSTATE, RUNSTATE_SINCE, RUNSTATE_TIMES,
+) = range(22)  # fmt: skip
+SLOT_ITEMS: Final = RUNSTATE_TIMES + 4
 
 
 MANY_PAUSES: Final = 0x7FFFFFFF  # more than a run has: no limit to `Engine.pauses`
@@ -223,6 +224,18 @@ class Engine(Protocol):
         As long as nothing is flushed, each finds the translations of addresses that it left. The handler is the slot's
         owner, who needn't be called where its items say what is to be done; one that is set afterwards always is.
         """
+        ...
+
+    def reload_segments(self, slot: Slot) -> bool:
+        """Load the data segments of the CPU that runs, `slot`'s, anew. False: nothing done, the owner has to."""
+        ...
+
+    def change_runstate(self, slot: Slot, state: int, now: int, write: bool) -> bool:
+        """Note a CPU's new runstate; `write` it to the guest's memory too. False: not written, the owner has to."""
+        ...
+
+    def upcall(self, slot: Slot, target: int, rip: int) -> bool:
+        """Push the frame of an event's callback, with `rip`, for the CPU that runs. False: nothing done, as above."""
         ...
 
     def save(self) -> bytes:

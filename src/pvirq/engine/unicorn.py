@@ -29,6 +29,7 @@ from pvirq.engine.crossing import (
 )
 from pvirq.engine.protocol import (
     FLAG_DF,
+    MANY_PAUSES,
     RAX,
     RBX,
     RCX,
@@ -96,6 +97,7 @@ INT_LENGTH: Final = 2
 TICKS_PER_S: Final = 1e9  # of the counter
 # A run ends at the latest after this long, so that Ctrl-C and the host's other work are never far.
 LONGEST_RUN_BLOCKS: Final = 50_000_000 >> TICK_SHIFT
+CLOCK_ITEM, COUNT_ITEM, PAUSES_ITEM = CLOCK // 8, COUNT // 8, PAUSES // 4  # of 64 bits, and of 32
 NO_WINDOW: Final = 1 << 62  # the time when a TLB's size was last looked at: never long ago
 
 
@@ -119,6 +121,7 @@ class UnicornEngine:
         self._scratch = ctypes.c_uint64(0)
         self._scratch_at = ctypes.addressof(self._scratch)
         self._reg_read = state.reg_read
+        self._emu_start = state.emu_start
         self._tlb_dirty = state.tlb_dirty
         (self._tlb_aside, self._tlb_aside_fast), (self._tlb_used, self._tlb_used_fast) = state.tlb_index[:2]
         self._code_pointer = state.code_pointer
@@ -137,7 +140,7 @@ class UnicornEngine:
         self._translation_windows = [descriptor[16:24].cast("Q") for descriptor, _ in state.tlb_index]
         self._tlb_flush = self._flushing(state.tlb_flush)
         self._update_cr3 = self._flushing(state.update_cr3)
-        self._set_limit(0)
+        self._u64[COUNT_ITEM] = self._u64[CLOCK_ITEM] = 1
         self._stop_at: int | None = None
         self._running = False
         self._failure: BaseException | None = None
@@ -373,11 +376,12 @@ class UnicornEngine:
 
     @property
     def pauses(self) -> int:
-        return ctypes.c_int32(self._u32[PAUSES // 4]).value
+        left: int = self._u32[PAUSES_ITEM]
+        return left if left <= MANY_PAUSES else left - (1 << 32)
 
     @pauses.setter
     def pauses(self, value: int) -> None:
-        self._u32[PAUSES // 4] = value
+        self._u32[PAUSES_ITEM] = value
 
     @property
     def cr0_ts(self) -> bool:
@@ -492,14 +496,15 @@ class UnicornEngine:
     # -- time ------------------------------------------------------------------------------------------------------
 
     def counter(self) -> int:
-        return self._blocks() << TICK_SHIFT
+        u64 = self._u64
+        return (u64[CLOCK_ITEM] - u64[COUNT_ITEM] & M64) << TICK_SHIFT
 
     def counter_hz(self) -> float:
         return TICKS_PER_S
 
     def set_counter(self, ticks: int) -> None:
         u64 = self._u64
-        u64[CLOCK // 8] = (ticks >> TICK_SHIFT) + u64[COUNT // 8] & M64
+        u64[CLOCK_ITEM] = (ticks >> TICK_SHIFT) + u64[COUNT_ITEM] & M64
 
     def set_tsc_offset(self, offset: int) -> None:
         self._u64[self._state.tsc_offset] = offset & M64
@@ -513,17 +518,6 @@ class UnicornEngine:
         self._stop_at = value
         if self._running:
             self._arm()
-
-    def _blocks(self) -> int:
-        """How many have been executed."""
-        return self._u64[CLOCK // 8] - self._u64[COUNT // 8] & M64
-
-    def _set_limit(self, blocks: int) -> None:
-        """The run ends after so many more."""
-        u64 = self._u64
-        done = self._blocks()
-        u64[COUNT // 8] = blocks + 1
-        u64[CLOCK // 8] = done + blocks + 1
 
     def _flushing(self, flush: Callable[..., None]) -> Callable[..., None]:
         """A function that flushes a TLB, noted, and kept from looking at the machine's clock.
@@ -542,10 +536,16 @@ class UnicornEngine:
         return flushed
 
     def _arm(self) -> None:
+        """Have the run end after as many blocks as are left until `stop_at`."""
+        u64, stop_at = self._u64, self._stop_at
+        done = u64[CLOCK_ITEM] - u64[COUNT_ITEM] & M64
         blocks = LONGEST_RUN_BLOCKS
-        if self._stop_at is not None:
-            blocks = min(blocks, max(-((self.counter() - self._stop_at) >> TICK_SHIFT), 0))
-        self._set_limit(blocks)
+        if stop_at is not None:
+            left = -(((done << TICK_SHIFT) - stop_at) >> TICK_SHIFT)
+            if left < blocks:
+                blocks = left if left > 0 else 0
+        u64[COUNT_ITEM] = blocks + 1
+        u64[CLOCK_ITEM] = done + blocks + 1
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -553,7 +553,7 @@ class UnicornEngine:
         self._running = True
         self._arm()
         try:
-            result = self._state.emu_start(self._handle, self.regs[RIP], 1, 0, 0)
+            result = self._emu_start(self._handle, self.regs[RIP], 1, 0, 0)
         finally:
             self._running = False
         failure, self._failure = self._failure, None
@@ -588,6 +588,15 @@ class UnicornEngine:
             self._code_stack = (0, 0, 0, 0, 0)
         if self.shortcuts:
             self._shared[SLOT] = slot.address
+
+    def reload_segments(self, slot: Slot) -> bool:
+        return self._crossing.reload(self._crossing.data, slot.address) != 0
+
+    def change_runstate(self, slot: Slot, state: int, now: int, write: bool) -> bool:
+        return self._crossing.change_runstate(self._crossing.data, slot.address, state, now, write) != 0
+
+    def upcall(self, slot: Slot, target: int, rip: int) -> bool:
+        return self.shortcuts and self._crossing.upcall(self._crossing.data, slot.address, target, rip) != 0
 
     @property
     def shortcuts_taken(self) -> int:

@@ -57,6 +57,7 @@ class PvGuest:
         domain.max_pages = max(domain.tot_pages, max_memory_bytes >> PAGE_SHIFT)
         self.memory_map = [(0, self.max_frames << PAGE_SHIFT, E820_RAM)]
         self.wallclock_ns = wallclock_ns
+        self._clock = domain.hypervisor.clock
         self.uuid = bytes(16)
         self._assists = 0
         self.console_port = 0
@@ -77,6 +78,7 @@ class PvGuest:
         self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]
         self.current = self.cpus[0]
         self.engine.exchange(self.current.slot, self.current)
+        self._running: PvVcpu | None = None  # whose turn it is
         self.kernel_image: Callable[[], KernelImage | None] = lambda: None  # the file that it runs, if it is there
         domain.hypervisor.probes.register(domain, ProbedGuest(self))
 
@@ -214,7 +216,7 @@ class PvGuest:
     def runstate(self, cpu: PvVcpu) -> bytes:
         """struct vcpu_runstate_info, up to now."""
         now = self.domain.hypervisor.clock.now()
-        times = list(cpu.runstate_times)
+        times = cpu.runstate_times
         times[cpu.runstate] += now - cpu.runstate_since
         return _pack_runstate(cpu.runstate, cpu.runstate_since, *times)
 
@@ -222,18 +224,12 @@ class PvGuest:
         """The vCPU may have become runnable, which shows before it runs (vcpu_wake)."""
         cpu = self.cpus[vcpu.vcpu_id]
         if cpu.runstate >= vcpu_abi.RUNSTATE_blocked and vcpu.runnable:
-            self._note_runstate(cpu, vcpu_abi.RUNSTATE_runnable)
-
-    def _note_runstate(self, cpu: PvVcpu, state: int) -> None:
-        now = self.domain.hypervisor.clock.now()
-        cpu.runstate_times[cpu.runstate] += now - cpu.runstate_since
-        cpu.runstate, cpu.runstate_since = state, now
+            self.engine.change_runstate(cpu.slot, vcpu_abi.RUNSTATE_runnable, self._clock.now(), write=False)
 
     def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
-        self._note_runstate(cpu, state)
-        if cpu.runstate_area:
-            # The times are up to now: no need to look at the clock once more, twice a turn.
-            cpu.update_runstate_area(_pack_runstate(state, cpu.runstate_since, *cpu.runstate_times))
+        if state == cpu.runstate or self.engine.change_runstate(cpu.slot, state, self._clock.now(), write=True):
+            return
+        cpu.update_runstate_area(_pack_runstate(state, cpu.runstate_since, *cpu.runstate_times))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -259,23 +255,40 @@ class PvGuest:
         A guest that can't go on is shut down with SHUTDOWN_crash, and `crash` says why.
         """
         cpu = self.cpus[vcpu.vcpu_id]
-        engine = self.engine
+        engine, regs = self.engine, self.engine.regs
         engine.stop_at = until_ticks
-        switched = cpu is not self.current
-        self._load(cpu)
-        cpu.note()
-        self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
-        vtimer.resume_periodic(vcpu)
         try:
-            if switched:
-                cpu.reload_segments()
+            if cpu is not self._running:
+                self._begin_turn(cpu)
+            cpu.note()
             if cpu.nmi_pending:
-                engine.regs[RIP] = cpu.deliver_nmi(engine.regs[RIP])
-            engine.regs[RIP] = cpu.deliver_events(engine.regs[RIP])
+                regs[RIP] = cpu.deliver_nmi(regs[RIP])
+            info, mem = vcpu.info, self.domain.machine.mem
+            if mem[info] and not mem[info + 1]:
+                regs[RIP] = cpu.deliver_events(regs[RIP])
             engine.run()
         except GuestCrash as crash:
             self.crash = str(crash)
             self.domain.shutdown(SHUTDOWN_crash)
+        if vcpu.blocked or vcpu.polling or not vcpu.up:
+            self.end_turn()
+
+    def _begin_turn(self, cpu: PvVcpu) -> None:
+        self.end_turn()
+        self._running = cpu
+        switched = cpu is not self.current
+        self._load(cpu)
+        self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
+        vtimer.resume_periodic(cpu.vcpu)
+        if switched:
+            cpu.reload_segments()
+
+    def end_turn(self) -> None:
+        """Another vCPU runs next, or none. Until then the one that ran last counts as running, as on its own CPU."""
+        cpu, self._running = self._running, None
+        if cpu is None:
+            return
+        vcpu = cpu.vcpu
         vtimer.suspend_periodic(vcpu)
         if not vcpu.up:
             self._change_runstate(cpu, vcpu_abi.RUNSTATE_offline)

@@ -57,6 +57,10 @@ from pvirq.engine.protocol import (
     RIP,
     RSI,
     RSP,
+    RUNSTATE,
+    RUNSTATE_AREA,
+    RUNSTATE_SINCE,
+    RUNSTATE_TIMES,
     SHORT_HYPERCALLS,
     SYSCALL_ENTRY,
     SYSCALL_MASKS,
@@ -141,6 +145,9 @@ class PvVcpu(GuestMemory):
     nmi_masked = _Kept(NMI_MASKED)  # from its delivery to the next IRET
     iopl = _Kept(IOPL)
     architectural_iopl = _Kept(ARCHITECTURAL_IOPL)  # VMASST_TYPE_architectural_iopl
+    runstate_area = _Kept(RUNSTATE_AREA)
+    runstate = _Kept(RUNSTATE)
+    runstate_since = _Kept(RUNSTATE_SINCE)
 
     def __init__(self, guest: PvGuest, vcpu: Vcpu) -> None:
         self.slot: Slot = guest.engine.slot()
@@ -170,13 +177,10 @@ class PvVcpu(GuestMemory):
         self.gdt_entries = 0
         self.ldt = (0, 0)  # guest address, entries
         self.ldt_pages: dict[int, int] = {}  # page of the window -> mfn mapped there
-        self.runstate_area = 0
         self.time_area = 0
         self.initialised = False
         self.vcpu_info_registered = False
         self.runstate = RUNSTATE_offline
-        self.runstate_since = 0
-        self.runstate_times = [0, 0, 0, 0]
         self.kept[GDT] = guest.window.entries(vcpu.vcpu_id)
         self.hypercalls = guest.hypercalls
         self.in_multicall = False
@@ -188,6 +192,11 @@ class PvVcpu(GuestMemory):
         kept[INFO] = self.vcpu.info
         kept[FAULT_ENTRY], _, flags = self.traps[TRAP_PF]
         kept[FAULT_MASKS] = flags & TI_IF
+
+    @property
+    def runstate_times(self) -> list[int]:
+        """How many ns it spent in each RUNSTATE_*, up to `runstate_since`."""
+        return self.kept[RUNSTATE_TIMES : RUNSTATE_TIMES + 4].tolist()
 
     @property
     def hypercalls(self) -> list[tuple[Hypercall, int]]:
@@ -284,6 +293,8 @@ class PvVcpu(GuestMemory):
         """This vCPU's turn comes after another's: where a data segment can't be loaded any more, its kernel gets the
         failsafe callback, with the selectors that it had above R11 in the frame (load_segments)."""
         engine, regs = self.engine, self.regs
+        if engine.reload_segments(self.slot):
+            return
         selectors = [engine.segment(which) for which in (3, 0, 4, 5)]
         if not any(selector > 3 for selector in selectors) or descriptors.reload_data_segments(self):
             return
@@ -309,6 +320,8 @@ class PvVcpu(GuestMemory):
         if mem[info] and not mem[info + 1]:
             if self.guest.on_upcall is not None:
                 self.guest.on_upcall(self)
+            if self.engine.upcall(self.slot, self.event_callback, rip):
+                return self.event_callback
             return self.bounce(self.event_callback, True, rip, self.engine.rflags, None)
         return rip
 

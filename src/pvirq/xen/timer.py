@@ -56,6 +56,7 @@ class Clock:
         self.mul = mul
         self.shift = shift
         self.hz = hz
+        self._is_ns = self.ticks_to_ns(1 << 62) == 1 << 62  # ticks are nanoseconds
 
     def replace_counter(self, counter: Callable[[], int]) -> None:
         """Go on with another reading of the same hardware counter."""
@@ -74,7 +75,7 @@ class Clock:
 
     def counter_at(self, ns: int) -> int:
         """What the counter will read when virtual time reaches `ns`, if it runs on."""
-        return self.ns_to_ticks(ns) - self._offset
+        return (ns if self._is_ns else self.ns_to_ticks(ns)) - self._offset
 
     def ticks_to_ns(self, ticks: int) -> int:
         """Exactly as the guest's pvclock_scale_delta does it: shift first, then multiply."""
@@ -92,7 +93,8 @@ class Clock:
 
     def now(self) -> int:
         """Nanoseconds of virtual time since the host began."""
-        return self.ticks_to_ns(self._counter() + self._offset if self._running else self._ticks)
+        ticks = self._counter() + self._offset if self._running else self._ticks
+        return ticks if self._is_ns else self.ticks_to_ns(ticks)
 
     def on_offset(self, listener: Callable[[int], None]) -> None:
         """`listener(offset)` is called when guest ticks - counter changes: an engine puts it in its TSC offset."""
