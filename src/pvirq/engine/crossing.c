@@ -170,7 +170,7 @@ static void set_flags(u8 *env, u64 value)
  */
 static int is_loaded(u8 *env, u32 stack_flags)
 {
-    return (E32(HFLAGS) & HF_MODE) == HF_LONG_MODE && E32(SS_FLAGS) == stack_flags;
+    return (E32(HFLAGS) & HF_MODE) == HF_LONG_MODE && (E32(SS_FLAGS) & SEGMENT_KIND) == stack_flags;
 }
 
 /* descriptors.descriptor_of, for the GDT; 0 where there is none. */

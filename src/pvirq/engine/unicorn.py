@@ -398,7 +398,7 @@ class UnicornEngine:
 
     def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
         u32 = self._u32
-        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE and u32[SS_FLAGS] == stack >> 32 & DESC_FLAGS:
+        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE and not (u32[SS_FLAGS] ^ stack >> 32) & DESC_FLAGS:
             # From 64-bit code to 64-bit code, where bases and limits mean nothing. (SS's kind counts once the guest
             # leaves 64-bit code by itself.)
             u32[CS_SELECTOR], u32[SS_SELECTOR] = cs, ss
