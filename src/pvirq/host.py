@@ -78,9 +78,9 @@ class Host(RunLoop):
         `hardware` what it has for devices: a machine of `pvirq.hardware.platform`, or a table of devices
         (HardwareError). With `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
 
-        With a `seed` the host's run is repeatable to the bit: time is what guests have executed, and what comes next
-        is drawn from the seed where Xen leaves it open; a `Schedule` can also say it otherwise. Nothing can come from
-        outside then.
+        Time is what guests have executed. With a `seed` the host's run is repeatable to the bit: what comes next is
+        drawn from the seed where Xen leaves it open; a `Schedule` can also say it otherwise. Nothing can come from
+        outside then. Without one, what is first in line comes next, and translated code takes less memory.
         """
         super().__init__(
             Hypervisor(Machine(machine_memory), Clock()), Schedule(seed) if isinstance(seed, int) else seed

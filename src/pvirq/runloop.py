@@ -41,8 +41,8 @@ class RunLoop:
     what it raises ends `run`. `patience` is how many PAUSEs a vCPU has in its turn while another is ready; with
     `ENDLESS` it spins as on a CPU of its own, until Linux has it wait in SCHEDOP_poll.
 
-    With a `schedule` runs are repeatable: time is what guests have executed, and the schedule says what comes next
-    where that is free. It may be exchanged for another between two calls of `run`.
+    Time is what guests have executed. With a `schedule`, which says what comes next where that is free, runs are
+    repeatable. It may be exchanged for another between two calls of `run`.
     """
 
     def __init__(self, hypervisor: Hypervisor, schedule: Schedule | None = None) -> None:
@@ -69,7 +69,7 @@ class RunLoop:
 
     @property
     def schedule(self) -> Schedule | None:
-        """What comes next where that is free; None: what is first in line, and time is the machine's."""
+        """What comes next where that is free; None: what is first in line."""
         return self._schedule
 
     @schedule.setter
