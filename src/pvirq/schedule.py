@@ -1,8 +1,8 @@
 """Where a host is free to choose what comes next: whose turn it is, for how long, and when a modelled domain answers.
 
-A host without a schedule takes what is first in line, and its time is the machine's. With one, each choice is a number:
-0 is what is first in line, and all else is legal as well, for Xen promises no order. As time is counted then (see
-`pvirq.engine.open_engine`), the same choices are the same run, to the bit.
+A host without a schedule takes what is first in line, and may be connected with the outside. With one, each choice is a
+number: 0 is what is first in line, and all else is legal as well, for Xen promises no order. As time is counted (see
+`pvirq.engine.open_engine`) and nothing comes from outside, the same choices are the same run, to the bit.
 
     Schedule(7)                  each choice drawn at random, always the same for the same seed
     Schedule.fifo()              always 0

@@ -19,24 +19,24 @@ __all__ = ["DEFAULT_ENGINE", "ENGINES", "EngineError", "open_engine"]
 DEFAULT_ENGINE = "unicorn"
 
 
-def _unicorn(memory: memoryview, handler: GuestHandler, counted: bool) -> Engine:
+def _unicorn(memory: memoryview, handler: GuestHandler, repeatable: bool) -> Engine:
     from pvirq.engine.unicorn import UnicornEngine
 
-    return UnicornEngine(memory, handler, counted)
+    return UnicornEngine(memory, handler, repeatable)
 
 
 ENGINES: dict[str, Callable[[memoryview, GuestHandler, bool], Engine]] = {"unicorn": _unicorn}
 
 
-def open_engine(name: str, memory: memoryview, handler: GuestHandler, *, counted: bool = False) -> Engine:
+def open_engine(name: str, memory: memoryview, handler: GuestHandler, *, repeatable: bool = False) -> Engine:
     """A CPU over `memory` (machine address 0 is its first byte) that reports to `handler`.
 
-    With `counted` its counter counts what it executes and nothing else: two runs of the same code over the same memory
-    are the same, to the instruction at which they end.
+    Its counter counts what it executes, so two runs of the same code over the same memory are the same, to the
+    instruction at which they end. With `repeatable` that holds however much is executed, for more memory.
 
     EngineError, one line, for an unknown name or an engine that can't work here.
     """
     make = ENGINES.get(name)
     if make is None:
         raise EngineError(f"no engine {name!r}: choose one of {', '.join(ENGINES)}")
-    return make(memory, handler, counted)
+    return make(memory, handler, repeatable)

@@ -43,8 +43,27 @@ TRAP_AC: Final = 17
 
 CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
 
+# What the owner of a CPU keeps in its `Slot`, for crossings between kernel and user mode that it then needn't be asked
+# about. Roots are frames; `WALK_ROOT` is the one in use, as an index of 64-bit items; `INFO`, `GDT` machine addresses.
+(
+    USER_MODE, KERNEL_ROOT, USER_ROOT, WALK_ROOT, OTHER_GS_BASE, KERNEL_SP, KERNEL_SS, SYSCALL_ENTRY, SYSCALL_MASKS,
+    INFO, NMI_PENDING, NMI_MASKED, IOPL, ARCHITECTURAL_IOPL, GDT, SHORT_HYPERCALLS, FAULT_ENTRY, FAULT_MASKS,
+    RUNSTATE_AREA, RUNSTATE, RUNSTATE_SINCE, RUNSTATE_TIMES,
+) = range(22)  # fmt: skip
+SLOT_ITEMS: Final = RUNSTATE_TIMES + 4
+
 
 MANY_PAUSES: Final = 0x7FFFFFFF  # more than a run has: no limit to `Engine.pauses`
+
+
+class Slot:
+    """Where one of several CPUs stays that take turns on an engine. The first items are its owner's."""
+
+    __slots__ = ("address", "items")
+
+    def __init__(self, items: memoryview, address: int) -> None:
+        self.items = items  # of 64 bits
+        self.address = address
 
 
 class EngineError(Exception):
@@ -77,7 +96,6 @@ class Engine(Protocol):
     """One CPU. Not thread-safe, except `stop`."""
 
     name: str
-    counted: bool  # time is what has been executed: see `open_engine`
     handler: GuestHandler  # may be changed between runs
     regs: memoryview  # of 64-bit items: general registers and RIP, in place
     rflags: int
@@ -158,7 +176,7 @@ class Engine(Protocol):
         ...
 
     def counter(self) -> int:
-        """The host's tick counter, from which the guest's TSC is derived: TSC = counter + offset."""
+        """Ticks, which are what has been executed. The guest's TSC is derived from it: TSC = counter + offset."""
         ...
 
     def counter_hz(self) -> float:
@@ -166,7 +184,7 @@ class Engine(Protocol):
         ...
 
     def set_counter(self, ticks: int) -> None:
-        """Let the counter go on from there; only where execution is `counted`, and between two runs."""
+        """Let the counter go on from there; between two runs."""
         ...
 
     def set_tsc_offset(self, offset: int) -> None:
@@ -196,16 +214,36 @@ class Engine(Protocol):
         """Load what `fpu_state` returned, of an engine of any kind."""
         ...
 
+    def slot(self) -> Slot:
+        """Room for one more of the CPUs that take turns here; the first is for the one that there is."""
+        ...
+
+    def exchange(self, slot: Slot, handler: GuestHandler) -> None:
+        """Another CPU's turn. One that has had none begins as this one was when the first exchange came.
+
+        As long as nothing is flushed, each finds the translations of addresses that it left. The handler is the slot's
+        owner, who needn't be called where its items say what is to be done; one that is set afterwards always is.
+        """
+        ...
+
+    def reload_segments(self, slot: Slot) -> bool:
+        """Load the data segments of the CPU that runs, `slot`'s, anew. False: nothing done, the owner has to."""
+        ...
+
+    def change_runstate(self, slot: Slot, state: int, now: int, write: bool) -> bool:
+        """Note a CPU's new runstate; `write` it to the guest's memory too. False: not written, the owner has to."""
+        ...
+
+    def upcall(self, slot: Slot, target: int, rip: int) -> bool:
+        """Push the frame of an event's callback, with `rip`, for the CPU that runs. False: nothing done, as above."""
+        ...
+
     def save(self) -> bytes:
         """The CPU's whole architectural state, for `restore` on an engine of the same kind."""
         ...
 
     def restore(self, state: bytes) -> None:
         """Become the CPU that `save` saw, but for the TSC's offset, which stays: it is the clock's."""
-        ...
-
-    def forked(self) -> None:
-        """This is a copy of the process, without the threads that there were: have what is needed of them anew."""
         ...
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,9 +11,25 @@ import unicorn
 from unicorn import x86_const as x86
 
 from pvirq.engine import unicorn_state as layout
-from pvirq.engine.preempt import Alarm
+from pvirq.engine.crossing import (
+    CODE_SEEN,
+    CR3_ASIDE,
+    DONE,
+    FLUSHES,
+    LAST_PAGES,
+    ON_INTERRUPT,
+    ON_SYSCALL,
+    PAGE,
+    PAGES,
+    SLOT,
+    STATE,
+    STATE_BYTES,
+    THERE,
+    Crossing,
+)
 from pvirq.engine.protocol import (
     FLAG_DF,
+    MANY_PAUSES,
     RAX,
     RBX,
     RCX,
@@ -24,6 +39,7 @@ from pvirq.engine.protocol import (
     CpuidLeaf,
     EngineError,
     GuestHandler,
+    Slot,
 )
 from pvirq.engine.unicorn_patches import CLOCK, COUNT, PAUSES, TICK_SHIFT
 from pvirq.engine.unicorn_state import CpuState
@@ -33,7 +49,7 @@ from pvirq.engine.unicorn_state import CpuState
 TCG_BUFFER_BYTES: Final = 48 << 20
 # When that happens hangs on how long the translations are, which hangs on where in this process things lie. Where a run
 # is to be repeated it had better not happen.
-COUNTED_TCG_BUFFER_BYTES: Final = 256 << 20
+REPEATABLE_TCG_BUFFER_BYTES: Final = 256 << 20
 
 M64: Final = (1 << 64) - 1
 
@@ -67,7 +83,6 @@ CC_OP, DF = layout.EFLAGS // 4 + 8, layout.EFLAGS // 4 + 9
 CC_OP_EFLAGS: Final = 1
 FLAGS_ARITHMETIC: Final = 0x8D5
 FLAGS_STORED: Final = 0xFFFFFFFF & ~(FLAGS_ARITHMETIC | FLAG_DF)
-STATE_BYTES: Final = 5608  # general, segment, control, FPU and SSE state; the TLB lies before it, caches behind
 
 # An FXSAVE64 image begins with control, status and tag words, opcode, instruction and data pointers, MXCSR, its mask.
 FXSAVE_BYTES, FXSAVE_ST, FXSAVE_XMM = 512, 32, 160
@@ -79,11 +94,10 @@ CPUID_LEAVES_WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD)
 
 INT_LENGTH: Final = 2
 
+TICKS_PER_S: Final = 1e9  # of the counter
 # A run ends at the latest after this long, so that Ctrl-C and the host's other work are never far.
-LONGEST_RUN_NS: Final = 50_000_000
-# Where blocks are counted.
-COUNTED_HZ: Final = 1e9
-LONGEST_RUN_BLOCKS: Final = LONGEST_RUN_NS >> TICK_SHIFT
+LONGEST_RUN_BLOCKS: Final = 50_000_000 >> TICK_SHIFT
+CLOCK_ITEM, COUNT_ITEM, PAUSES_ITEM = CLOCK // 8, COUNT // 8, PAUSES // 4  # of 64 bits, and of 32
 NO_WINDOW: Final = 1 << 62  # the time when a TLB's size was last looked at: never long ago
 
 
@@ -92,12 +106,11 @@ class UnicornEngine:
 
     name = "unicorn"
 
-    def __init__(self, memory: memoryview, handler: GuestHandler, counted: bool = False) -> None:
+    def __init__(self, memory: memoryview, handler: GuestHandler, repeatable: bool = False) -> None:
         self._memory = memory
-        self.counted = counted
         buffer = (ctypes.c_uint8 * 0).from_buffer(memory)
         uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
-        uc.ctl_set_tcg_buffer_size(COUNTED_TCG_BUFFER_BYTES if counted else TCG_BUFFER_BYTES)
+        uc.ctl_set_tcg_buffer_size(REPEATABLE_TCG_BUFFER_BYTES if repeatable else TCG_BUFFER_BYTES)
         uc.mem_map_ptr(0, len(memory), unicorn.UC_PROT_ALL, ctypes.addressof(buffer))
         self._uc: Any = uc
         state = CpuState(uc, memory)
@@ -107,14 +120,16 @@ class UnicornEngine:
         self.regs = state.u64[layout.REGS // 8 : layout.EIP // 8 + 1]
         self._scratch = ctypes.c_uint64(0)
         self._scratch_at = ctypes.addressof(self._scratch)
-        self._tlb_flush, self._tlb_flush_page = state.tlb_flush, state.tlb_flush_page
-        self._update_cr3 = state.update_cr3
         self._reg_read = state.reg_read
+        self._emu_start = state.emu_start
         self._tlb_dirty = state.tlb_dirty
         (self._tlb_aside, self._tlb_aside_fast), (self._tlb_used, self._tlb_used_fast) = state.tlb_index[:2]
-        self._cr3_aside = 0  # whose translations the TLB set aside holds
         self._code_pointer = state.code_pointer
-        self._code_seen = 0  # the code pointer at the last switch
+        self._crossing = Crossing(state, ctypes.addressof(buffer), len(memory))
+        self._shared = self._crossing.cpu
+        self._slot: Slot | None = None
+        self._blank: bytes | None = None  # what a CPU begins with that has had no turn yet
+        self.shortcuts = True  # as from the next exchange, do without the handler what a slot's items allow
         # Read now: it takes running an instruction, which is only possible while there is no guest.
         self._native_cpuid = {
             (leaf, subleaf): state.cpuid(leaf, subleaf)
@@ -123,17 +138,10 @@ class UnicornEngine:
         }
         self._code_stack = (0, 0, 0, 0, 0)  # what set_code_stack loaded last: descriptors, mode, selectors
         self._translation_windows = [descriptor[16:24].cast("Q") for descriptor, _ in state.tlb_index]
-        if counted:
-            self._set_limit(0)
-            self._tlb_flush, self._tlb_flush_page = (
-                self._timeless(state.tlb_flush),
-                self._timeless(state.tlb_flush_page),
-            )
-            self._update_cr3 = self._timeless(state.update_cr3)
-        self._calibrate_from = (time.monotonic_ns(), self.counter())
-        self._alarm = None if counted else Alarm(state.stop)
+        self._tlb_flush = self._flushing(state.tlb_flush)
+        self._update_cr3 = self._flushing(state.update_cr3)
+        self._u64[COUNT_ITEM] = self._u64[CLOCK_ITEM] = 1
         self._stop_at: int | None = None
-        self._ns_per_tick = 0.0
         self._running = False
         self._failure: BaseException | None = None
         self._paging = False
@@ -150,6 +158,7 @@ class UnicornEngine:
     @handler.setter
     def handler(self, handler: GuestHandler) -> None:
         self._handler = handler
+        self._shared[SLOT] = 0
         self._on_syscall = handler.syscall  # looked up once, not a million times
 
     # -- hooks: where guest code reaches the handler ---------------------------------------------------------------
@@ -199,13 +208,22 @@ class UnicornEngine:
         port_io = ctypes.c_void_p(state.general_protection_stub())
         self._hook(unicorn.UC_HOOK_INSN, port_io, x86.UC_X86_INS_IN)
         self._hook(unicorn.UC_HOOK_INSN, port_io, x86.UC_X86_INS_OUT)
-        self._hook(unicorn.UC_HOOK_INSN, ctypes.CFUNCTYPE(None, pointer, pointer)(syscall), x86.UC_X86_INS_SYSCALL)
+        crossing = self._crossing
+        for item, callback in (
+            (ON_SYSCALL, ctypes.CFUNCTYPE(None, pointer, pointer)(syscall)),
+            (ON_INTERRUPT, ctypes.CFUNCTYPE(None, pointer, u32_t, pointer)(interrupt)),
+        ):
+            self._keep.append(callback)
+            crossing.call(item, callback)
+        self._hook(
+            unicorn.UC_HOOK_INSN, ctypes.c_void_p(crossing.on_syscall), x86.UC_X86_INS_SYSCALL, data=crossing.data
+        )
+        self._hook(unicorn.UC_HOOK_INTR, ctypes.c_void_p(crossing.on_interrupt), data=crossing.data)
         self._hook(
             unicorn.UC_HOOK_INSN,
             ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(cpuid),
             x86.UC_X86_INS_CPUID,
         )
-        self._hook(unicorn.UC_HOOK_INTR, ctypes.CFUNCTYPE(None, pointer, u32_t, pointer)(interrupt))
         self._hook(unicorn.UC_HOOK_INSN_INVALID, ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer)(invalid))
 
     def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
@@ -228,7 +246,9 @@ class UnicornEngine:
 
         return remove
 
-    def _hook(self, kind: int, callback: Any, instruction: int | None = None, *, first: int = 1, last: int = 0) -> int:
+    def _hook(
+        self, kind: int, callback: Any, instruction: int | None = None, *, first: int = 1, last: int = 0, data: int = 0
+    ) -> int:
         # Raw callbacks cost a third of the binding's, which wrap each in a second Python call.
         self._keep.append(callback)
         add = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int, *[ctypes.c_void_p] * 5)(
@@ -240,7 +260,7 @@ class UnicornEngine:
             ctypes.addressof(hook),
             kind,
             ctypes.cast(callback, ctypes.c_void_p),
-            0,
+            data,
             first,
             last,
             instruction,
@@ -306,16 +326,16 @@ class UnicornEngine:
         self._tlb_dirty[0] |= 3  # or a flush would pass the first by
         u32, u64 = self._u32, self._u64
         u32[HFLAGS] = u32[HFLAGS] & ~HF_OTHER_SPACE | (HF_OTHER_SPACE if other else 0)
-        old = u64[layout.CR3 // 8]
+        old, shared = u64[layout.CR3 // 8], self._shared
         code = self._code_pointer[0]
-        if self._cr3_aside == value and self._code_seen == code:
+        if shared[CR3_ASIDE] == value and shared[CODE_SEEN] == code:
             u64[layout.CR3 // 8] = value
         else:
             self._update_cr3(self._env, value)
-        self._cr3_aside, self._code_seen = old, code
+        shared[CR3_ASIDE], shared[CODE_SEEN] = old, code
 
     def forget_space(self) -> None:
-        self._cr3_aside = 0
+        self._shared[CR3_ASIDE] = 0
 
     def _enter_user_mode(self) -> None:
         self._paging = True
@@ -356,11 +376,12 @@ class UnicornEngine:
 
     @property
     def pauses(self) -> int:
-        return ctypes.c_int32(self._u32[PAUSES // 4]).value
+        left: int = self._u32[PAUSES_ITEM]
+        return left if left <= MANY_PAUSES else left - (1 << 32)
 
     @pauses.setter
     def pauses(self, value: int) -> None:
-        self._u32[PAUSES // 4] = value
+        self._u32[PAUSES_ITEM] = value
 
     @property
     def cr0_ts(self) -> bool:
@@ -377,7 +398,7 @@ class UnicornEngine:
 
     def set_code_stack(self, cs: int, code: int, ss: int, stack: int) -> None:
         u32 = self._u32
-        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE and u32[SS_FLAGS] == stack >> 32 & DESC_FLAGS:
+        if code & CODE_L and u32[HFLAGS] & HF_MODE == HF_LONG_MODE and not (u32[SS_FLAGS] ^ stack >> 32) & DESC_FLAGS:
             # From 64-bit code to 64-bit code, where bases and limits mean nothing. (SS's kind counts once the guest
             # leaves 64-bit code by itself.)
             u32[CS_SELECTOR], u32[SS_SELECTOR] = cs, ss
@@ -464,7 +485,10 @@ class UnicornEngine:
         self._tlb_flush(self._cpu)
 
     def flush_page(self, va: int) -> None:
-        self._tlb_flush_page(self._cpu, va)
+        shared = self._shared
+        shared[PAGE + shared[PAGES] % LAST_PAGES] = va
+        shared[PAGES] += 1
+        self._state.tlb_flush_page(self._cpu, va)
 
     def invalidate_code(self, address: int, size: int) -> None:
         self._state.invalidate_range(self._handle, address, address + size)
@@ -472,30 +496,15 @@ class UnicornEngine:
     # -- time ------------------------------------------------------------------------------------------------------
 
     def counter(self) -> int:
-        if self.counted:
-            return self._blocks() << TICK_SHIFT
-        return int(self._state.get_tsc(self._env))
+        u64 = self._u64
+        return (u64[CLOCK_ITEM] - u64[COUNT_ITEM] & M64) << TICK_SHIFT
 
     def counter_hz(self) -> float:
-        """Measured since the engine was opened, at least over 20 ms: a few parts in a million."""
-        if self.counted:
-            return COUNTED_HZ
-        began, first = self._calibrate_from
-        while time.monotonic_ns() - began < 20_000_000:
-            time.sleep(0.002)
-        # The shortest of several readings of both clocks brackets the counter best.
-        readings = []
-        for _ in range(20):
-            before = time.monotonic_ns()
-            ticks = self.counter()
-            after = time.monotonic_ns()
-            readings.append((after - before, (before + after) // 2, ticks))
-        _, at, ticks = min(readings)
-        return (ticks - first) * 1e9 / (at - began)
+        return TICKS_PER_S
 
     def set_counter(self, ticks: int) -> None:
         u64 = self._u64
-        u64[CLOCK // 8] = (ticks >> TICK_SHIFT) + u64[COUNT // 8] & M64
+        u64[CLOCK_ITEM] = (ticks >> TICK_SHIFT) + u64[COUNT_ITEM] & M64
 
     def set_tsc_offset(self, offset: int) -> None:
         self._u64[self._state.tsc_offset] = offset & M64
@@ -510,59 +519,43 @@ class UnicornEngine:
         if self._running:
             self._arm()
 
-    # Repeatable runs: time is the number of blocks, and nothing happens at a time of the machine's.
-
-    def _blocks(self) -> int:
-        """How many have been executed."""
-        return self._u64[CLOCK // 8] - self._u64[COUNT // 8] & M64
-
-    def _set_limit(self, blocks: int) -> None:
-        """The run ends after so many more."""
-        u64 = self._u64
-        done = self._blocks()
-        u64[COUNT // 8] = blocks + 1
-        u64[CLOCK // 8] = done + blocks + 1
-
-    def _timeless(self, flush: Callable[..., None]) -> Callable[..., None]:
-        """A function that flushes a TLB, kept from looking at the machine's clock.
+    def _flushing(self, flush: Callable[..., None]) -> Callable[..., None]:
+        """A function that flushes a TLB, noted, and kept from looking at the machine's clock.
 
         QEMU makes a TLB smaller when it has been hardly used for 100 ms, and which translations a TLB keeps shows in
         the accessed bits of page tables and in the faults that stale ones cause. Here they grow only.
         """
-        windows = self._translation_windows
+        windows, shared = self._translation_windows, self._shared
 
         def flushed(*arguments: object) -> None:
             for window in windows:
                 window[0] = NO_WINDOW
+            shared[FLUSHES] += 1
             flush(*arguments)
 
         return flushed
 
     def _arm(self) -> None:
-        if self._alarm is None:
-            blocks = LONGEST_RUN_BLOCKS
-            if self._stop_at is not None:
-                blocks = min(blocks, max(-((self.counter() - self._stop_at) >> TICK_SHIFT), 0))
-            self._set_limit(blocks)
-            return
-        after = LONGEST_RUN_NS
-        if self._stop_at is not None:
-            after = min(after, int((self._stop_at - self.counter()) * self._ns_per_tick))
-        self._alarm.arm(after)
+        """Have the run end after as many blocks as are left until `stop_at`."""
+        u64, stop_at = self._u64, self._stop_at
+        done = u64[CLOCK_ITEM] - u64[COUNT_ITEM] & M64
+        blocks = LONGEST_RUN_BLOCKS
+        if stop_at is not None:
+            left = -(((done << TICK_SHIFT) - stop_at) >> TICK_SHIFT)
+            if left < blocks:
+                blocks = left if left > 0 else 0
+        u64[COUNT_ITEM] = blocks + 1
+        u64[CLOCK_ITEM] = done + blocks + 1
 
     # -- running ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        if not self._ns_per_tick:
-            self._ns_per_tick = 1e9 / self.counter_hz()
         self._running = True
         self._arm()
         try:
-            result = self._state.emu_start(self._handle, self.regs[RIP], 1, 0, 0)
+            result = self._emu_start(self._handle, self.regs[RIP], 1, 0, 0)
         finally:
             self._running = False
-            if self._alarm is not None:
-                self._alarm.disarm()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -577,6 +570,39 @@ class UnicornEngine:
     def native_cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf:
         return self._native_cpuid.get((leaf, subleaf), (0, 0, 0, 0))
 
+    # -- several CPUs ----------------------------------------------------------------------------------------------
+
+    def slot(self) -> Slot:
+        descriptor, fast = self._state.tlb_index[2]  # which isn't used at user privilege
+        return self._crossing.slot(bytes(descriptor) + bytes(fast))
+
+    def exchange(self, slot: Slot, handler: GuestHandler) -> None:
+        now, self._slot = self._slot, slot
+        self.handler = handler
+        if now is not None and now is not slot:
+            if self._blank is None:
+                self._blank = self.save()
+            if not slot.items[THERE]:
+                slot.items[STATE : STATE + STATE_BYTES // 8] = memoryview(self._blank).cast("Q")
+            self._crossing.exchange(self._crossing.data, now.address, slot.address)
+            self._code_stack = (0, 0, 0, 0, 0)
+        if self.shortcuts:
+            self._shared[SLOT] = slot.address
+
+    def reload_segments(self, slot: Slot) -> bool:
+        return self._crossing.reload(self._crossing.data, slot.address) != 0
+
+    def change_runstate(self, slot: Slot, state: int, now: int, write: bool) -> bool:
+        return self._crossing.change_runstate(self._crossing.data, slot.address, state, now, write) != 0
+
+    def upcall(self, slot: Slot, target: int, rip: int) -> bool:
+        return self.shortcuts and self._crossing.upcall(self._crossing.data, slot.address, target, rip) != 0
+
+    @property
+    def shortcuts_taken(self) -> int:
+        """How often the handler wasn't asked."""
+        return self._shared[DONE]
+
     def save(self) -> bytes:
         return bytes(self._state.bytes[:STATE_BYTES])
 
@@ -587,19 +613,14 @@ class UnicornEngine:
         self._u64[self._state.tsc_offset] = offset
         self.flush_tlb()
 
-    def forked(self) -> None:
-        if self._alarm is not None:
-            self._alarm = Alarm(self._state.stop)  # the old one's timer is the original's
-
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._alarm is not None:
-            self._alarm.close()  # first: its thread calls into the instance
         for window in self._translation_windows:
             window.release()
         self.regs.release()
+        self._crossing.close(self._slot)
         self._state.release()
         self._keep.clear()
         self._uc = None

@@ -17,7 +17,7 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as x86
 
-from pvirq.engine import unicorn_patches
+from pvirq.engine import crossing, unicorn_patches
 from pvirq.engine.protocol import MANY_PAUSES, CpuidLeaf, EngineError
 from pvirq.engine.unicorn_patches import CLOCK, COUNT, PAUSES, TICK_SHIFT
 
@@ -47,6 +47,8 @@ _TLB_ENTRY = 64
 
 # In struct uc_struct the pointer to the TCGContext, and in that where the next translation goes.
 _TCG_CONTEXT, _CODE_GEN_PTR = 0x300, 0xC0
+# In struct CPUState, the blocks that were last executed, by a hash of their addresses.
+_JUMP_CACHE, _JUMPS = 0x138, 4096
 
 _PROBE_PAGE = 0x1000  # machine frames below FIRST_MFN are nobody's
 
@@ -76,6 +78,7 @@ class CpuState:
         self._find_tsc_offset()
         self._find_tlb()
         self._find_code_pointer()
+        self._find_jumps()
         self._check()
         self._check_counting()
 
@@ -283,6 +286,42 @@ class CpuState:
             self._snippet(b"\x48\xff\xc0")  # inc rax
             if not 0 < self.code_pointer[0] - before < 0x1000:
                 raise self._surprise("translations go elsewhere")
+
+    def _find_jumps(self) -> None:
+        # Blocks in a row, 6 bytes apart: where they are among 4096 recent ones, by their addresses. The last isn't.
+        self.tlb_flush(self.cpu)
+        before = self.code_pointer[0]
+        self._snippet((b"\xeb\x04" + b"\x90" * 4) * 2 + b"\x48\xff\xc0")
+        recent = (ctypes.c_uint64 * _JUMPS).from_address(self.cpu + _JUMP_CACHE)
+        blocks = {i: block for i, block in enumerate(recent) if block}
+        if list(blocks) != [0x40, 0x46] or not all(
+            before <= block < self.code_pointer[0]
+            and ctypes.c_uint64.from_address(block).value == _PROBE_PAGE + i - 0x40
+            for i, block in blocks.items()
+        ):
+            raise self._surprise("recent jumps not found")
+        self.tlb_flush(self.cpu)
+        if any(recent):
+            raise self._surprise("recent jumps stay")
+
+    def addresses(self) -> dict[int, int]:
+        """Where things are that `pvirq.engine.crossing` works on, by its names."""
+        env = self.env
+        return {
+            crossing.COMPUTE_FLAGS: self._symbol("helper_cc_compute_all_x86_64"),
+            crossing.UPDATE_CR3: self._symbol("cpu_x86_update_cr3_x86_64"),
+            crossing.FLUSH: self._symbol("tlb_flush_x86_64"),
+            crossing.FLUSH_PAGE: self._symbol("tlb_flush_page_x86_64"),
+            crossing.DESCRIPTORS: env + TLB_DESCRIPTORS,
+            crossing.FAST: env + TLB_FAST,
+            crossing.DIRTY: env + TLB_DIRTY,
+            crossing.JUMPS: self.cpu + _JUMP_CACHE,
+            crossing.CODE: ctypes.addressof(self._code_pointer),
+            crossing.ERROR_CODE: env + self.error_code * 4,
+            crossing.IS_INT: env + self.exception_is_int * 4,
+            crossing.OLD_EXCEPTION: env + self.old_exception * 4,
+            crossing.TSC_OFFSET: env + self.tsc_offset * 8,
+        }
 
     def _check(self) -> None:
         """The fields taken from the header alone: each must change where the API changes it."""

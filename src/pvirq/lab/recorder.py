@@ -117,7 +117,7 @@ class Recorder(Instrument):
                 hooks[name] = self._rare()
             else:
                 hooks[name] = self._again()
-        if clock.steady and "stop" not in hooks:
+        if clock.counts and "stop" not in hooks:
             hooks["stop"] = self._time_passed  # what comes between two turns has none of its own
         return hooks
 
@@ -128,7 +128,7 @@ class Recorder(Instrument):
             return None
         clock, probes = self._hypervisor.clock, self._hypervisor.probes
         append, put, now = self.events.append, self._values.append, clock.now
-        timed = clock.counts and not (clock.steady and self._at_once(record))
+        timed = clock.counts and not self._at_once(record)
         shape = self._shapes.of(record, timed)
         if not timed:
             return partial(append, shape)

@@ -90,7 +90,7 @@ def initialise(target: PvVcpu, context: bytes) -> None:
         raise
     guest.fill_ro_mpt(kernel_root)
     target.kernel_root, target.user_root = kernel_root, user_root
-    target.user_mode = not flags & VGCF_in_kernel
+    target.user_mode = int(not flags & VGCF_in_kernel)
     target.syscall_masks_events = bool(flags & VGCF_syscall_disables_events)
     target.failsafe_masks_events = bool(flags & VGCF_failsafe_disables_events)
     target.traps[:] = [(address, cs | 3, trap_flags) for _, trap_flags, cs, address in traps]

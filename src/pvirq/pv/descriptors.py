@@ -72,6 +72,10 @@ class DescriptorWindow:
     def ldt_base(vcpu: int) -> int:
         return DescriptorWindow.gdt_base(vcpu) + LDT_PAGE * PAGE_SIZE
 
+    def entries(self, vcpu: int) -> int:
+        """The machine address of the level-1 entries of a vCPU's window."""
+        return (self._l1 + vcpu * WINDOW_PAGES) * 8
+
     def set(self, vcpu: int, page: int, mfn: int | None) -> None:
         self._u64[self._l1 + vcpu * WINDOW_PAGES + page] = 0 if mfn is None else mfn << 12 | MAPPING
 

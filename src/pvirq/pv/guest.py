@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from pvirq.abi import vcpu as vcpu_abi
-from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START, VMASST_TYPE_m2p_strict
+from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_START, VMASST_TYPE_architectural_iopl, VMASST_TYPE_m2p_strict
 from pvirq.abi.errno import XenError
 from pvirq.abi.memory import E820_RAM
 from pvirq.abi.sched import SHUTDOWN_crash
@@ -45,9 +45,9 @@ class PvGuest:
         *,
         wallclock_ns: int = 0,
         max_memory_bytes: int = 0,
-        counted: bool = False,
+        repeatable: bool = False,
     ) -> None:
-        """Give `domain` its RAM and an engine, one that is `counted` for a repeatable run.
+        """Give `domain` its RAM and an engine, one that is `repeatable` (`pvirq.engine.open_engine`).
 
         EngineError or XenError(ENOMEM) where that can't be had.
         """
@@ -57,8 +57,9 @@ class PvGuest:
         domain.max_pages = max(domain.tot_pages, max_memory_bytes >> PAGE_SHIFT)
         self.memory_map = [(0, self.max_frames << PAGE_SHIFT, E820_RAM)]
         self.wallclock_ns = wallclock_ns
+        self._clock = domain.hypervisor.clock
         self.uuid = bytes(16)
-        self.assists = 0
+        self._assists = 0
         self.console_port = 0
         self.store_port = 0
         self.crash: str | None = None
@@ -71,13 +72,13 @@ class PvGuest:
         self._xen_frames = [self.window.frames]
         self._m2p_entry = self._make_m2p_tables()
         self.tables = PageTables(domain, self._xen_slots, self._flush_tlb)
-        self.engine = open_engine(engine, machine.mem, _NOBODY, counted=counted)
+        self.engine = open_engine(engine, machine.mem, _NOBODY, repeatable=repeatable)
         domain.frame_written = self.engine.invalidate_code
         domain.grant_table = GrantTable(domain)
         self.cpus = [PvVcpu(self, vcpu) for vcpu in domain.vcpus]
         self.current = self.cpus[0]
-        self.engine.handler = self.current
-        self._blank_state: bytes | None = None
+        self.engine.exchange(self.current.slot, self.current)
+        self._running: PvVcpu | None = None  # whose turn it is
         self.kernel_image: Callable[[], KernelImage | None] = lambda: None  # the file that it runs, if it is there
         domain.hypervisor.probes.register(domain, ProbedGuest(self))
 
@@ -106,6 +107,17 @@ class PvGuest:
         for i in range(-(-table_bytes // (2 << 20))):
             machine.u64[(first << 9) + i] = (machine.m2p_mfn + i * 512) << PAGE_SHIFT | M2P_LARGE_PAGE
         return level3 << PAGE_SHIFT | M2P_TABLE
+
+    @property
+    def assists(self) -> int:
+        """The VMASST_TYPE_* that the guest has asked for, as bits."""
+        return self._assists
+
+    @assists.setter
+    def assists(self, value: int) -> None:
+        self._assists = value
+        for cpu in self.cpus:
+            cpu.architectural_iopl = value >> VMASST_TYPE_architectural_iopl & 1
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -204,7 +216,7 @@ class PvGuest:
     def runstate(self, cpu: PvVcpu) -> bytes:
         """struct vcpu_runstate_info, up to now."""
         now = self.domain.hypervisor.clock.now()
-        times = list(cpu.runstate_times)
+        times = cpu.runstate_times
         times[cpu.runstate] += now - cpu.runstate_since
         return _pack_runstate(cpu.runstate, cpu.runstate_since, *times)
 
@@ -212,31 +224,20 @@ class PvGuest:
         """The vCPU may have become runnable, which shows before it runs (vcpu_wake)."""
         cpu = self.cpus[vcpu.vcpu_id]
         if cpu.runstate >= vcpu_abi.RUNSTATE_blocked and vcpu.runnable:
-            self._note_runstate(cpu, vcpu_abi.RUNSTATE_runnable)
-
-    def _note_runstate(self, cpu: PvVcpu, state: int) -> None:
-        now = self.domain.hypervisor.clock.now()
-        cpu.runstate_times[cpu.runstate] += now - cpu.runstate_since
-        cpu.runstate, cpu.runstate_since = state, now
+            self.engine.change_runstate(cpu.slot, vcpu_abi.RUNSTATE_runnable, self._clock.now(), write=False)
 
     def _change_runstate(self, cpu: PvVcpu, state: int) -> None:
-        self._note_runstate(cpu, state)
-        if cpu.runstate_area:
-            # The times are up to now: no need to look at the clock once more, twice a turn.
-            cpu.update_runstate_area(_pack_runstate(state, cpu.runstate_since, *cpu.runstate_times))
+        if state == cpu.runstate or self.engine.change_runstate(cpu.slot, state, self._clock.now(), write=True):
+            return
+        cpu.update_runstate_area(_pack_runstate(state, cpu.runstate_since, *cpu.runstate_times))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _load(self, cpu: PvVcpu) -> None:
         if cpu is self.current:
             return
-        if self._blank_state is None:
-            self._blank_state = self.engine.save()
-        self.current.saved_engine_state = self.engine.save()
-        self.engine.restore(cpu.saved_engine_state or self._blank_state)
-        self.tables.stale.clear()
+        self.engine.exchange(cpu.slot, cpu)
         self.current = cpu
-        self.engine.handler = cpu
 
     @contextmanager
     def loaded(self, cpu: PvVcpu) -> Iterator[None]:
@@ -254,22 +255,40 @@ class PvGuest:
         A guest that can't go on is shut down with SHUTDOWN_crash, and `crash` says why.
         """
         cpu = self.cpus[vcpu.vcpu_id]
-        engine = self.engine
+        engine, regs = self.engine, self.engine.regs
         engine.stop_at = until_ticks
-        switched = cpu is not self.current
-        self._load(cpu)
-        self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
-        vtimer.resume_periodic(vcpu)
         try:
-            if switched:
-                cpu.reload_segments()
+            if cpu is not self._running:
+                self._begin_turn(cpu)
+            cpu.note()
             if cpu.nmi_pending:
-                engine.regs[RIP] = cpu.deliver_nmi(engine.regs[RIP])
-            engine.regs[RIP] = cpu.deliver_events(engine.regs[RIP])
+                regs[RIP] = cpu.deliver_nmi(regs[RIP])
+            info, mem = vcpu.info, self.domain.machine.mem
+            if mem[info] and not mem[info + 1]:
+                regs[RIP] = cpu.deliver_events(regs[RIP])
             engine.run()
         except GuestCrash as crash:
             self.crash = str(crash)
             self.domain.shutdown(SHUTDOWN_crash)
+        if vcpu.blocked or vcpu.polling or not vcpu.up:
+            self.end_turn()
+
+    def _begin_turn(self, cpu: PvVcpu) -> None:
+        self.end_turn()
+        self._running = cpu
+        switched = cpu is not self.current
+        self._load(cpu)
+        self._change_runstate(cpu, vcpu_abi.RUNSTATE_running)
+        vtimer.resume_periodic(cpu.vcpu)
+        if switched:
+            cpu.reload_segments()
+
+    def end_turn(self) -> None:
+        """Another vCPU runs next, or none. Until then the one that ran last counts as running, as on its own CPU."""
+        cpu, self._running = self._running, None
+        if cpu is None:
+            return
+        vcpu = cpu.vcpu
         vtimer.suspend_periodic(vcpu)
         if not vcpu.up:
             self._change_runstate(cpu, vcpu_abi.RUNSTATE_offline)

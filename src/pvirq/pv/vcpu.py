@@ -22,12 +22,14 @@ from pvirq.abi.arch_x86 import (
     TI_DPL,
     TI_IF,
     VGCF_in_syscall,
-    VMASST_TYPE_architectural_iopl,
 )
 from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.vcpu import RUNSTATE_offline
 from pvirq.abi.xen import HYPERVISOR_iret
 from pvirq.engine.protocol import (
+    ARCHITECTURAL_IOPL,
+    FAULT_ENTRY,
+    FAULT_MASKS,
     FLAG_AC,
     FLAG_IF,
     FLAG_IOPL,
@@ -35,6 +37,15 @@ from pvirq.engine.protocol import (
     FLAG_RF,
     FLAG_TF,
     FLAG_VM,
+    GDT,
+    INFO,
+    IOPL,
+    KERNEL_ROOT,
+    KERNEL_SP,
+    KERNEL_SS,
+    NMI_MASKED,
+    NMI_PENDING,
+    OTHER_GS_BASE,
     R8,
     R9,
     R10,
@@ -46,6 +57,13 @@ from pvirq.engine.protocol import (
     RIP,
     RSI,
     RSP,
+    RUNSTATE,
+    RUNSTATE_AREA,
+    RUNSTATE_SINCE,
+    RUNSTATE_TIMES,
+    SHORT_HYPERCALLS,
+    SYSCALL_ENTRY,
+    SYSCALL_MASKS,
     TRAP_BP,
     TRAP_DB,
     TRAP_GP,
@@ -53,15 +71,20 @@ from pvirq.engine.protocol import (
     TRAP_PF,
     TRAP_SS,
     TRAP_UD,
+    USER_MODE,
+    USER_ROOT,
+    WALK_ROOT,
     CpuidLeaf,
+    Slot,
 )
 from pvirq.pv import descriptors, emulate, writable_pagetable
 from pvirq.pv.addresses import canonical
 from pvirq.pv.cpuid import guest_cpuid
 from pvirq.pv.guest_memory import GuestMemory
+from pvirq.pv.hypercalls import HYPERCALLS, Hypercall
 from pvirq.pv.hypercalls.protocol import GuestCrash, Preempted
 from pvirq.pv.pagetable import NX, PageTables
-from pvirq.xen.domain import Vcpu
+from pvirq.xen.domain import Domain, Vcpu
 from pvirq.xen.vtimer import DEFAULT_PERIOD
 
 if TYPE_CHECKING:
@@ -83,47 +106,68 @@ ARGUMENT_REGISTERS: Final = (RDI, RSI, RDX, R10, R8, R9)
 DR6_SINGLE_STEP: Final = 1 << 14
 DIRECTMAP_VIRT_START: Final = 0xFFFF_8300_0000_0000
 
-ARCHITECTURAL_IOPL: Final = 1 << VMASST_TYPE_architectural_iopl
 _pack_frame: Final = struct.Struct("<7Q").pack
 _pack_frame_with_error: Final = struct.Struct("<8Q").pack
 _unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
+class _Kept:
+    """An attribute that is an item of the vCPU's slot, where the engine's short cuts read and change it too."""
+
+    def __init__(self, item: int) -> None:
+        self.item = item
+
+    def __get__(self, cpu: PvVcpu, _kind: type | None = None) -> int:
+        return cpu.kept[self.item]
+
+    def __set__(self, cpu: PvVcpu, value: int) -> None:
+        cpu.kept[self.item] = value
+
+
 class PvVcpu(GuestMemory):
     """One vCPU. While it is loaded (`PvGuest.current`), the engine holds its registers.
 
-    Implements `pvirq.engine.protocol.GuestHandler` and `pvirq.pv.hypercalls.protocol.GuestCpu`.
+    Implements `pvirq.engine.protocol.GuestHandler` and `pvirq.pv.hypercalls.protocol.GuestCpu`. The engine may do
+    without it what `syscall` and `exception` do most (engine/crossing.c): each of them is the reference for that.
     """
 
+    user_mode = _Kept(USER_MODE)
+    kernel_root = _Kept(KERNEL_ROOT)
+    user_root = _Kept(USER_ROOT)  # mfn of the root page table of user mode
+    _walk_root = _Kept(WALK_ROOT)
+    inactive_gs_base = _Kept(OTHER_GS_BASE)  # of the mode that isn't running
+    kernel_sp = _Kept(KERNEL_SP)
+    kernel_ss = _Kept(KERNEL_SS)
+    syscall_callback = _Kept(SYSCALL_ENTRY)
+    syscall_masks_events = _Kept(SYSCALL_MASKS)
+    nmi_pending = _Kept(NMI_PENDING)
+    nmi_masked = _Kept(NMI_MASKED)  # from its delivery to the next IRET
+    iopl = _Kept(IOPL)
+    architectural_iopl = _Kept(ARCHITECTURAL_IOPL)  # VMASST_TYPE_architectural_iopl
+    runstate_area = _Kept(RUNSTATE_AREA)
+    runstate = _Kept(RUNSTATE)
+    runstate_since = _Kept(RUNSTATE_SINCE)
+
     def __init__(self, guest: PvGuest, vcpu: Vcpu) -> None:
+        self.slot: Slot = guest.engine.slot()
+        self.kept = self.slot.items
         super().__init__(vcpu.domain.machine)
         self.guest = guest
         self.vcpu = vcpu
-        self.domain = vcpu.domain
+        self.domain: Domain = vcpu.domain
         self.engine = guest.engine
         self.tables: PageTables = guest.tables
         self.regs = guest.engine.regs
-        self.saved_engine_state: bytes | None = None
 
-        self.user_mode = False
-        self.user_root = 0  # mfn of the root page table of user mode
-        self.inactive_gs_base = 0  # of the mode that isn't running
-        self.kernel_sp = 0
-        self.kernel_ss = 0
         self.traps: list[tuple[int, int, int]] = [NO_TRAP] * 256  # address, cs, flags
         self.event_callback = 0
         self.failsafe_callback = 0
         self.failsafe_masks_events = False
-        self.syscall_callback = 0
-        self.syscall_masks_events = False
         self.syscall32_callback = (0, False)
         self.sysenter_callback = (0, False)
-        self.nmi_pending = False
-        self.nmi_masked = False  # from its delivery to the next IRET
         self.cr0_ts = False
         self.cr4 = 0
-        self.iopl = 0
         self.io_bitmap = (0, 0)  # guest address, number of ports
         self.debug_registers = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self._step_to_skip: int | None = None
@@ -133,16 +177,36 @@ class PvVcpu(GuestMemory):
         self.gdt_entries = 0
         self.ldt = (0, 0)  # guest address, entries
         self.ldt_pages: dict[int, int] = {}  # page of the window -> mfn mapped there
-        self.runstate_area = 0
         self.time_area = 0
         self.initialised = False
         self.vcpu_info_registered = False
         self.runstate = RUNSTATE_offline
-        self.runstate_since = 0
-        self.runstate_times = [0, 0, 0, 0]
+        self.kept[GDT] = guest.window.entries(vcpu.vcpu_id)
         self.hypercalls = guest.hypercalls
         self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
+
+    def note(self) -> None:
+        """Before a turn, and when one of them has changed: what the engine's short cuts are to know."""
+        kept = self.kept
+        kept[INFO] = self.vcpu.info
+        kept[FAULT_ENTRY], _, flags = self.traps[TRAP_PF]
+        kept[FAULT_MASKS] = flags & TI_IF
+
+    @property
+    def runstate_times(self) -> list[int]:
+        """How many ns it spent in each RUNSTATE_*, up to `runstate_since`."""
+        return self.kept[RUNSTATE_TIMES : RUNSTATE_TIMES + 4].tolist()
+
+    @property
+    def hypercalls(self) -> list[tuple[Hypercall, int]]:
+        """What is called for each, by number, and with how many arguments. No short cut leads past another table."""
+        return self._hypercalls
+
+    @hypercalls.setter
+    def hypercalls(self, table: list[tuple[Hypercall, int]]) -> None:
+        self._hypercalls = table
+        self.kept[SHORT_HYPERCALLS] = table is HYPERCALLS
 
     # -- address spaces and modes ------------------------------------------------------------------------------------
 
@@ -170,11 +234,11 @@ class PvVcpu(GuestMemory):
     def toggle_mode(self) -> None:
         """Between guest kernel and guest user: root table and GS base change (toggle_guest_mode)."""
         engine = self.engine
-        self.user_mode = not self.user_mode
+        self.user_mode = 1 - self.user_mode
         self.inactive_gs_base = engine.swap_gs_base(self.inactive_gs_base)
         root = self.user_root if self.user_mode else self.kernel_root
         self._walk_root = root << 9
-        engine.switch_space(root << 12, self.user_mode)
+        engine.switch_space(root << 12, bool(self.user_mode))
 
     # -- entering the guest kernel -------------------------------------------------------------------------------------
 
@@ -206,7 +270,7 @@ class PvVcpu(GuestMemory):
         if masks_events:
             mem[mask_at] = mask | 1
         pushed_flags = rflags & ~(FLAG_IF | FLAG_IOPL) | (0 if mask else FLAG_IF)
-        if self.guest.assists & ARCHITECTURAL_IOPL:
+        if self.architectural_iopl:
             pushed_flags |= self.iopl
         cs |= mask << 32
         if error is None:
@@ -229,6 +293,8 @@ class PvVcpu(GuestMemory):
         """This vCPU's turn comes after another's: where a data segment can't be loaded any more, its kernel gets the
         failsafe callback, with the selectors that it had above R11 in the frame (load_segments)."""
         engine, regs = self.engine, self.regs
+        if engine.reload_segments(self.slot):
+            return
         selectors = [engine.segment(which) for which in (3, 0, 4, 5)]
         if not any(selector > 3 for selector in selectors) or descriptors.reload_data_segments(self):
             return
@@ -254,6 +320,8 @@ class PvVcpu(GuestMemory):
         if mem[info] and not mem[info + 1]:
             if self.guest.on_upcall is not None:
                 self.guest.on_upcall(self)
+            if self.engine.upcall(self.slot, self.event_callback, rip):
+                return self.event_callback
             return self.bounce(self.event_callback, True, rip, self.engine.rflags, None)
         return rip
 
@@ -286,7 +354,7 @@ class PvVcpu(GuestMemory):
         if number == HYPERVISOR_iret:
             return self._iret()
         try:
-            handler, arguments = self.hypercalls[number]
+            handler, arguments = self._hypercalls[number]
             if arguments == 2:
                 result = handler(self, regs[RDI], regs[RSI])
             elif arguments == 3:
@@ -304,7 +372,7 @@ class PvVcpu(GuestMemory):
                 regs[register] = value & M64
             result, rip = number, rip - SYSCALL_LENGTH
         except IndexError:
-            if number < len(self.hypercalls):
+            if number < len(self._hypercalls):
                 raise
             result = -Errno.ENOSYS
         regs[RAX] = result & M64
@@ -322,7 +390,7 @@ class PvVcpu(GuestMemory):
         regs, rflags = self.regs, self.engine.rflags
         regs[RCX], regs[R11] = rip, rflags  # as SYSCALL leaves them
         compat = cs == FLAT_RING3_CS32
-        target, masks = self.syscall32_callback if compat else (self.syscall_callback, self.syscall_masks_events)
+        target, masks = self.syscall32_callback if compat else (self.syscall_callback, bool(self.syscall_masks_events))
         if not target:
             return self.inject(TRAP_UD, rip - SYSCALL_LENGTH)
         cs = FLAT_RING3_CS32 if compat else FLAT_RING3_CS64
@@ -345,7 +413,7 @@ class PvVcpu(GuestMemory):
             if not self.user_root:
                 raise GuestCrash("IRET to user mode without user page tables")
             self.toggle_mode()
-        if self.guest.assists & ARCHITECTURAL_IOPL:
+        if self.architectural_iopl:
             self.iopl = rflags & FLAG_IOPL
         cs, ss = cs & 0xFFFF | 3, ss & 0xFFFF | 3
         if flags & VGCF_in_syscall and canonical(rip):

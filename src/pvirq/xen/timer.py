@@ -41,7 +41,6 @@ class Clock:
         self._ticks = 0  # guest ticks while stopped
         self._running = False
         self.counts = False  # a counter lets time run; else it moves by jumps alone
-        self.steady = False  # it counts what guests execute, and so stands still while anything else happens
         self.on_earlier: Callable[[int], None] = lambda when: None  # a timer became the next one, due at `when`
         self.set_counter(counter, hz)
 
@@ -56,8 +55,8 @@ class Clock:
             mul, shift = mul << 1, shift - 1
         self.mul = mul
         self.shift = shift
-        self._factor = mul << shift if shift >= 0 else 0  # both at once, where that is exact
         self.hz = hz
+        self._is_ns = self.ticks_to_ns(1 << 62) == 1 << 62  # ticks are nanoseconds
 
     def replace_counter(self, counter: Callable[[], int]) -> None:
         """Go on with another reading of the same hardware counter."""
@@ -76,7 +75,7 @@ class Clock:
 
     def counter_at(self, ns: int) -> int:
         """What the counter will read when virtual time reaches `ns`, if it runs on."""
-        return self.ns_to_ticks(ns) - self._offset
+        return (ns if self._is_ns else self.ns_to_ticks(ns)) - self._offset
 
     def ticks_to_ns(self, ticks: int) -> int:
         """Exactly as the guest's pvclock_scale_delta does it: shift first, then multiply."""
@@ -95,8 +94,7 @@ class Clock:
     def now(self) -> int:
         """Nanoseconds of virtual time since the host began."""
         ticks = self._counter() + self._offset if self._running else self._ticks
-        # `ticks_to_ns` without its call: nothing is asked for more often.
-        return ticks * self._factor >> 32 if self._factor else self.ticks_to_ns(ticks)
+        return ticks if self._is_ns else self.ticks_to_ns(ticks)
 
     def on_offset(self, listener: Callable[[int], None]) -> None:
         """`listener(offset)` is called when guest ticks - counter changes: an engine puts it in its TSC offset."""

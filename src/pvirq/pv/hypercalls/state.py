@@ -44,6 +44,13 @@ LONGEST_TRAP_TABLE: Final = 1 << 16  # entries taken in one hypercall; a table w
 
 def set_trap_table(cpu: PvVcpu, traps: int) -> int:
     """Take trap_info entries up to one with address 0; a null table forgets all (do_set_trap_table)."""
+    try:
+        return _take_traps(cpu, traps)
+    finally:
+        cpu.note()
+
+
+def _take_traps(cpu: PvVcpu, traps: int) -> int:
     if not traps:
         cpu.traps[:] = [(0, 0, 0)] * 256
         return 0

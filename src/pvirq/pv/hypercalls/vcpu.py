@@ -141,6 +141,7 @@ def _register_vcpu_info(cpu: PvVcpu, target: PvVcpu, argument: int) -> int:
     machine.mem[at : at + VCPU_INFO_SIZE] = machine.mem[vcpu.info : vcpu.info + VCPU_INFO_SIZE]
     vcpu.info = at
     target.vcpu_info_registered = True
+    target.note()
     # An event may have been noted in the old place since it was copied: let the guest look at all of them.
     machine.u64[at + 8 >> 3] = M64
     machine.mem[at] = 1
