@@ -23,10 +23,10 @@ RACE = Race(
     cured="",
     story=(
         "A process gives its EOI while the CPU that ran the handler hasn't come back from it. Another CPU, to which "
-        "the port has gone, takes an event, finds the handler running, masks the port and leaves the event to the first. "
-        "That unmasks the port and runs the handler again; nothing masks it until the EOI of that run, and the next "
-        "event has the handler run before it. Nobody has been seen to meet it, and it isn't cured. It is gone here "
-        "where an event that is left keeps its mark, and masks its port until an EOI as well."
+        "the port has gone, takes an event, finds the handler running, masks the port and leaves the event to the "
+        "first. That unmasks the port and runs the handler again; nothing masks it until the EOI of that run, and the "
+        "next event has the handler run before it. Nobody has been seen to meet it, and it isn't cured. It is gone "
+        "here where an event that is left keeps its mark, and masks its port until an EOI as well."
     ),
     model=model,
 )
