@@ -187,7 +187,8 @@ class Reduced:
                 wrong = system.says(place)
             elif mask & watched:
                 wrong = unsound(state)
-            wrong = arrive(level, state, mask, process) or wrong
+            ended = arrive(level, state, mask, process)
+            wrong = wrong or ended  # what a thread says is wrong, rather than that nobody can go on there
         if wrong is not None:
             result.failure = Failure(wrong, tuple((level.process, level.chosen - 1) for level in way[:-1]))
 
