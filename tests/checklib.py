@@ -6,7 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pvirq.check import End, Lock, Model, Result, Thread, Var, atomically, choose, explore, fail, look, mb, rmb, wmb
+from pvirq.check import (
+    Broken,
+    End,
+    Lock,
+    Model,
+    Result,
+    Step,
+    Thread,
+    Var,
+    atomically,
+    choose,
+    explore,
+    fail,
+    look,
+    mb,
+    rmb,
+    wmb,
+)
+from pvirq.check.steps import Kind
 
 Op = tuple[Any, ...]
 Draw = Callable[[int], int]  # a number below its argument
@@ -175,12 +193,52 @@ def finals(model: Model, *variables: Var, **how: Any) -> set[tuple[Any, ...]]:
     return found
 
 
+def replayed(model: Model, schedule: tuple[tuple[int, int], ...]) -> str | None:
+    """What is wrong where a schedule of an "sc" model leads, by its generators alone: no place is looked up."""
+    names = [each.name for each in model.programs]
+    threads = [each.run() for each in model.programs]
+    steps: list[Step | None] = [None] * len(threads)
+    values = {variable: variable.initial for variable in model.variables}
+
+    def able(step: Step) -> bool:
+        return step.when is None or step.when(*(values[variable] for variable in step.reads))
+
+    for process, choice in [*((number, -1) for number in range(len(threads))), *schedule]:
+        try:
+            result = None
+            if choice >= 0:
+                step = steps[process]
+                assert step is not None, "it has ended"
+                assert able(step), "it can't go on"
+                new, result = step.do(*(values[variable] for variable in step.reads))
+                values |= dict(zip(step.writes, new, strict=True))
+                result = choice if step.kind is Kind.LOCAL else result
+            steps[process] = threads[process].send(result)
+        except StopIteration:
+            steps[process] = None
+        except (AssertionError, Broken) as error:
+            return f"{names[process]}: {error}"
+    for invariant in model.invariants:
+        if not invariant.holds(*(values[variable] for variable in invariant.touches)):
+            return invariant.message
+    waiting = {name: step.text for name, step in zip(names, steps, strict=True) if step is not None}
+    if any(step is not None and able(step) for step in steps):
+        return None
+    stuck = [f"{each.name} ({waiting[each.name]})" for each in model.programs if each.name in waiting]
+    return f"deadlock: {', '.join(stuck)}" if stuck and not model.programs[0].may_wait else None
+
+
 def wrong(program: Program) -> str | None:
     """How the reduced search of a program differs from the plain one; None if it doesn't."""
     plain, all_ends = ends(program.model(), reduce=False)
     reduced, some_ends = ends(program.model())
     if (plain.failure is None) != (reduced.failure is None):
         return f"plain: {plain.failure}, reduced: {reduced.failure}"
+    for failure in (plain.failure, reduced.failure):
+        if failure is not None and program.order == "sc":
+            again = replayed(program.model(), failure.schedule)
+            if again != failure.message:
+                return f"{failure} does {again}"
     if plain.failure is None:
         if all_ends != some_ends:
             return f"ends that aren't reached: {all_ends - some_ends}, or new: {some_ends - all_ends}"

@@ -65,6 +65,23 @@ def test_one_by_one(order: str) -> None:
     assert (list(end.values.values()), end.waiting) == ([0], {})
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_by_one_each_sees_what_those_before_it_did(order: str) -> None:
+    made = Model(order)
+    words, seen = made.array("x", 2), made.var("seen", None)
+
+    def writes() -> Thread:
+        yield words[0].write(1)
+        yield words[1].write(2)
+
+    def reads() -> Thread:
+        yield seen.write(((yield words[0].read()), (yield words[1].read())))
+
+    made.thread("reads", reads)
+    made.thread("writes", writes)
+    assert one_by_one(made, "writes", "reads")[seen] == (1, 2)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_several_models_on_several_cores(jobs: int) -> None:
     def clean() -> Model:

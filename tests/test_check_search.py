@@ -357,6 +357,25 @@ def test_reduction_loses_no_end_and_no_failure(order: str, data: st.DataObject) 
     assert wrong(found) is None, found
 
 
+@pytest.mark.parametrize("reduce", [False, True])
+def test_what_a_thread_says_comes_before_that_nobody_can_go_on(reduce: bool) -> None:
+    model = Model()
+    word = model.var("x")
+
+    def waits() -> Thread:
+        yield word.wait(bool)
+
+    def says() -> Thread:
+        yield word.read()
+        fail("it is 0")
+
+    model.thread("waits", waits)
+    model.thread("says", says)
+    failure = explore(model, reduce=reduce).failure
+    assert failure is not None
+    assert failure.message == "says: it is 0"
+
+
 # -- around a search ---------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,9 @@ def one_by_one(model: Model, *names: str) -> End:
             moves = [move for move in system.moves(state) if move[0] == slot or move[0] >= system.threads]
             if not moves:
                 break
-            state = moves[-1][1] if moves[-1][0] >= system.threads else moves[0][1]
+            # In "weak" order a load's last choice is the newest value.
+            newest = moves[-1][0] >= system.threads or state[slot].step.kind is Kind.LOAD
+            state = moves[-1 if newest else 0][1]
             place = state[slot]
             if place.broken is not None:
                 raise AssertionError(f"{name}: {place.broken}")

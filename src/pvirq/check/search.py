@@ -6,6 +6,7 @@ a fair scheduler may stay in for ever.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -29,10 +30,13 @@ def explore(
     `on_progress` is called now and then, `on_end` with each state in which nobody can go on.
     """
     begin = time.perf_counter()
-    system = System(model)
+    # What a search makes it keeps, nearly all of it: looking for garbage again and again is for nothing.
+    collecting = gc.isenabled()
+    gc.disable()
     result = Result(reduced=reduce)
     watch = Watch(max_states, on_progress, on_end)
     try:
+        system = System(model)
         while True:
             system.strict = reduce
             try:
@@ -48,6 +52,8 @@ def explore(
                 reduce = False
                 result = Result(reduced=False, notes=["it can go round in circles: no reduction"])
     finally:
+        if collecting:
+            gc.enable()
         result.seconds = time.perf_counter() - begin
     return result
 
