@@ -57,18 +57,18 @@ class FatalTxError(Exception):
     """The frontend did what ends its device (xenvif_fatal_tx_err); says what."""
 
 
-class _Packet:
-    """A packet on its way in: its slots, and what the extras said of it."""
+class _Extras:
+    """What the extras of a packet on its way in said of it, and how many there were."""
 
-    __slots__ = ("extras", "flags", "gso_size", "gso_type", "idents", "multicast", "pieces")
+    __slots__ = ("count", "gso_size", "gso_type", "multicast")
 
     def __init__(self) -> None:
-        self.idents: list[int] = []
-        self.pieces: list[tuple[int, int, int]] = []  # (gref, offset, size); the first's size is the whole packet's
-        self.extras = 0
-        self.flags = 0
+        self.count = 0
         self.gso_size = self.gso_type = 0
         self.multicast = False
+
+
+NO_EXTRAS: Final = _Extras()
 
 
 class BackQueue:
@@ -219,24 +219,28 @@ class BackQueue:
         if self.tx.push_responses():
             self._events.notify_remote_via_irq(self._tx_irq)
 
-    def _answer(self, packet: _Packet, status: int) -> None:
-        responses = [NETIF_TX_RESPONSE.pack(ident, status) for ident in packet.idents]
-        if packet.extras:
-            responses[1:1] = [NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL)] * packet.extras
+    def _answer(self, idents: list[int], extras: int, status: int) -> None:
+        responses = [NETIF_TX_RESPONSE.pack(ident, status) for ident in idents]
+        if extras:
+            responses[1:1] = [NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL)] * extras
         self.tx.put_all(responses)
 
     def _take_packet(self, waiting: int) -> None:
-        """One packet off the ring, and up into the network (xenvif_tx_build_gops and xenvif_tx_submit)."""
-        packet = self._read_slots(waiting)
-        if packet.multicast:
-            self._answer(packet, NETIF_RSP_OKAY)
-            return
-        pieces = packet.pieces
-        gref, offset, total = pieces[0]
-        if len(pieces) > 1:
-            pieces[0] = gref, offset, total - sum([size for _gref, _offset, size in pieces[1:]])
-        if pieces[0][2] < 0 or total < ETH_HLEN or len(pieces) > XEN_NETIF_NR_SLOTS_MIN:
-            self._answer(packet, NETIF_RSP_ERROR)
+        """One packet off the ring, of `waiting` requests, and up into the network (xenvif_tx_build_gops, _submit)."""
+        gref, offset, flags, ident, total = NETIF_TX_REQUEST.unpack_from(*self.tx.take())
+        idents, first, extras = [ident], total, NO_EXTRAS
+        pieces = [(gref, offset, total)]
+        if flags & NETTXF_extra_info:
+            extras = self._read_extras(waiting - 1)
+            if extras.multicast:
+                self._answer(idents, extras.count, NETIF_RSP_OKAY)
+                return
+        if flags & NETTXF_more_data:
+            self._read_slots(waiting - extras.count, idents, pieces)
+            first -= sum([size for _gref, _offset, size in pieces[1:]])
+            pieces[0] = gref, offset, first
+        if first < 0 or total < ETH_HLEN or len(pieces) > XEN_NETIF_NR_SLOTS_MIN:
+            self._answer(idents, extras.count, NETIF_RSP_ERROR)
             return
         for _gref, offset, size in pieces:
             if offset + size > PAGE_SIZE:
@@ -246,43 +250,34 @@ class BackQueue:
             data = read_all(self._domain, self._domid, pieces)
         except GrantError as error:
             self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
-            self._answer(packet, NETIF_RSP_ERROR)
+            self._answer(idents, extras.count, NETIF_RSP_ERROR)
             return
-        self._answer(packet, NETIF_RSP_OKAY)
+        self._answer(idents, extras.count, NETIF_RSP_OKAY)
         vif.tx_packets += 1
         vif.tx_bytes += total
-        flags = packet.flags
-        csum_blank, validated = bool(flags & NETTXF_csum_blank), bool(flags & NETTXF_data_validated)
-        vif.receive(Skb(data, csum_blank, validated, packet.gso_size, packet.gso_type))
+        csum_blank, validated = flags & NETTXF_csum_blank != 0, flags & NETTXF_data_validated != 0
+        vif.receive(Skb(data, csum_blank, validated, extras.gso_size, extras.gso_type))
 
-    def _read_slots(self, waiting: int) -> _Packet:
-        """All of a packet's slots, of `waiting` requests (xenvif_get_extras, xenvif_count_requests)."""
-        packet, take, unpack = _Packet(), self.tx.take, NETIF_TX_REQUEST.unpack_from
-        pieces, idents = packet.pieces, packet.idents
-        gref, offset, flags, ident, size = unpack(*take())
-        pieces.append((gref, offset, size))
-        idents.append(ident)
-        packet.flags = flags
-        if flags & NETTXF_extra_info:
-            self._read_extras(packet, waiting - 1)
-            if packet.multicast:
-                return packet
+    def _read_slots(self, waiting: int, idents: list[int], pieces: list[tuple[int, int, int]]) -> None:
+        """The slots behind a packet's first, of `waiting` requests with that one (xenvif_count_requests)."""
+        take, unpack, flags = self.tx.take, NETIF_TX_REQUEST.unpack_from, NETTXF_more_data
         while flags & NETTXF_more_data:
-            if len(pieces) + packet.extras >= waiting:
+            if len(pieces) >= waiting:
                 raise FatalTxError(f"Asked for {len(pieces)} slots but exceeds this limit")
             if len(pieces) >= FATAL_SLOTS:
                 raise FatalTxError(f"Malicious frontend using {len(pieces)} slots, threshold {FATAL_SLOTS}")
             gref, offset, flags, ident, size = unpack(*take())
             pieces.append((gref, offset, size))
             idents.append(ident)
-        return packet
 
-    def _read_extras(self, packet: _Packet, waiting: int) -> None:
+    def _read_extras(self, waiting: int) -> _Extras:
+        """A packet's extras, of `waiting` requests (xenvif_get_extras)."""
+        extras = _Extras()
         while True:
-            if packet.extras >= waiting:
+            if extras.count >= waiting:
                 raise FatalTxError("Missing extra info")
             entry, at = self.tx.take()
-            packet.extras += 1
+            extras.count += 1
             kind, flags, size, gso_type, _features = NETIF_EXTRA_GSO.unpack_from(entry, at)
             if not kind or kind >= XEN_NETIF_EXTRA_TYPE_MAX:
                 raise FatalTxError(f"Invalid extra type: {kind}")
@@ -291,16 +286,16 @@ class BackQueue:
                     raise FatalTxError(f"Bad GSO type {gso_type}.")
                 if not size:
                     raise FatalTxError("GSO size must not be zero.")
-                packet.gso_size, packet.gso_type = size, gso_type
+                extras.gso_size, extras.gso_type = size, gso_type
             elif kind in (XEN_NETIF_EXTRA_TYPE_MCAST_ADD, XEN_NETIF_EXTRA_TYPE_MCAST_DEL):
-                packet.multicast = True
+                extras.multicast = True
                 address = NETIF_EXTRA_MCAST.unpack_from(entry, at)[2]
                 if kind == XEN_NETIF_EXTRA_TYPE_MCAST_DEL:
                     self.vif.multicast.discard(address)
                 elif len(self.vif.multicast) < 64:  # XEN_NETBK_MCAST_MAX
                     self.vif.multicast.add(address)
             if not flags & XEN_NETIF_EXTRA_FLAG_MORE:
-                return
+                return extras
 
     # -- to the frontend -----------------------------------------------------------------------------------------------
 
