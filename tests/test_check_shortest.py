@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checklib import program
-from pvirq.check import Failure, Model, Thread, Var, explore, pct, shorten
+from pvirq.check import Failure, Model, Thread, Var, explore, fail, pct, shorten
 from pvirq.check.guided import ScheduleError, follow
 from pvirq.check.shortest import switches
 from pvirq.check.system import State, System
@@ -129,3 +129,19 @@ def test_a_schedule_that_does_not_fail_is_said_so() -> None:
     for process in (0, 9):
         with pytest.raises(ScheduleError, match="doesn't lead to the failure"):
             shorten(lost_update(0), Failure("nothing", ((process, 0),)))
+
+
+def test_anything_that_is_wrong_may_be_shorter() -> None:
+    model = Model()
+    word = model.var("word")
+
+    def thread(me: int) -> Thread:
+        for _ in range(me):
+            yield word.read()
+        fail(f"{me} steps are too many")
+
+    model.thread("long", thread, 5)
+    model.thread("short", thread, 2)
+    failure = Failure("long: 5 steps are too many", ((0, 0),) * 5)
+    assert shorten(model, failure) == failure
+    assert shorten(model, failure, same=False) == Failure("short: 2 steps are too many", ((1, 0),) * 2)

@@ -13,8 +13,9 @@ from pvirq.check.system import State, System
 Schedule = tuple[tuple[int, int], ...]
 
 
-def shorten(model: Model, failure: Failure, *, max_states: int = 200_000) -> Failure:
-    """A failure with the same message, and the shortest schedule that has it.
+def shorten(model: Model, failure: Failure, *, same: bool = True, max_states: int = 200_000) -> Failure:
+    """A failure with the same message, and the shortest schedule that has it; with `same` false the shortest schedule
+    on which anything is wrong.
 
     All schedules are tried that are shorter, breadth first, unless that takes more than `max_states` states: then only
     parts of this one are left out, as long as it still fails. What a livelock goes through again and again is kept, and
@@ -29,8 +30,10 @@ def shorten(model: Model, failure: Failure, *, max_states: int = 200_000) -> Fai
         return Failure(failure.message, (*(head if found is None else found), *lasso))
     if _fails(system, failure.schedule) != failure.message:
         raise ScheduleError("the schedule doesn't lead to the failure")
-    found = _breadth_first(system, failure.message, None, len(failure.schedule), max_states)
-    return Failure(failure.message, _fewer(system, failure) if found is None else found)
+    found = _breadth_first(system, failure.message if same else None, None, len(failure.schedule), max_states)
+    if found is None:
+        return Failure(failure.message, _fewer(system, failure))
+    return Failure(_fails(system, found) or failure.message, found)
 
 
 def switches(system: System, schedule: Sequence[tuple[int, int]]) -> int:
@@ -113,7 +116,8 @@ def _breadth_first(
                         following[reached] = cost
                         came[reached] = node, (process, choice)
                     if after not in ends:
-                        ends[after] = after == target if target is not None else _wrong(system, after) == message
+                        wrong = _wrong(system, after) if target is None else None
+                        ends[after] = after == target or (wrong is not None and message in (None, wrong))
         found = [(cost, number) for number, (node, cost) in enumerate(following.items()) if ends[node[0]]]
         if found:
             node = list(following)[min(found)[1]]

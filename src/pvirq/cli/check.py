@@ -260,7 +260,7 @@ class _Session:
         )  # fmt: skip
         if found.failure is not None and self.pictures.wanted:
             self.messages.begin(f"{check.name}: looking for the shortest schedule")
-            found = replace(found, failure=shorten(self.ways.model(check), found.failure))
+            found = replace(found, failure=shorten(self.ways.model(check), found.failure, same=False))
         self.messages.end()
         return found
 
@@ -278,7 +278,7 @@ class _Session:
         )  # fmt: skip
         if self.pictures.wanted:
             for seed, failure in found.failures.items():
-                found.failures[seed] = shorten(self.ways.model(check), failure)
+                found.failures[seed] = shorten(self.ways.model(check), failure, same=False)
         self.messages.end()
         return found
 
