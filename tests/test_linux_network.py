@@ -91,7 +91,7 @@ def test_they_ping_the_station_and_each_other(station: Station, guests: tuple[Gu
 def test_a_server_of_ones_own(host: Host, station: Station, guests: tuple[Guest, Guest]) -> None:
     got: list[Datagram] = []
     station.on_udp(514, got.append)
-    sh(guests[0], "syslogd -R 10.0.0.1:514 && logger hello")
+    sh(guests[0], "syslogd -R 10.0.0.1:514; until [ -S /dev/log ]; do sleep 0.01; done; logger hello")
     assert host.run(lambda: any(b"hello" in datagram.data for datagram in got), 10 * NS_PER_S)
     assert {str(datagram.source) for datagram in got} == {address_of(guests[0])}
     refused = guests[0].run("wget -O - http://10.0.0.1/")
