@@ -29,7 +29,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check"]) == 0
-    listed = lines(capsys)
+    *listed, empty, hint = lines(capsys)
+    assert not empty
+    assert hint.startswith("`pvirq check NAME --explain`")
     assert [line.split()[0] for line in listed] == list(races())
     assert all(race.title in line for race, line in zip(races().values(), listed, strict=True))
     assert run(["check", "--json"]) == 0

@@ -133,6 +133,8 @@ def _list(as_json: bool) -> int:
             )  # fmt: skip
         else:
             click.echo(f"{name:{width}}  {race.title}")
+    if not as_json:
+        click.echo("\n`pvirq check NAME --explain` has the story of one, and finds it. FILE.py: models of your own.")
     return 0
 
 
