@@ -181,3 +181,11 @@ def test_random_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert first_result["seed"] == second_result["seed"]
     assert run(["check", f"{DRIVER}::check_looks_again", "--random", "500"]) == 0
     assert re.search(r"nothing found in 500 schedules", capsys.readouterr().out)
+
+
+def test_the_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--help"]) == 0
+    out = capsys.readouterr().out
+    named = re.findall(r"^ +pvirq check ([a-z0-9-]*-[a-z0-9-]+) ", out, re.MULTILINE)
+    assert {name for name in named if not name.startswith("-")} <= set(races())
+    assert named

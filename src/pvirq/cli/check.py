@@ -30,8 +30,8 @@ WIDTH: Final = 120  # of the columns where stdout is no terminal
 EPILOG: Final = """\b
 Examples:
   pvirq check                                   the races that pvirq knows
-  pvirq check fifo-two-senders                  found with the fault, clean without?
-  pvirq check fifo-two-senders --explain        and the shortest schedule that shows it
+  pvirq check fifo-ready                        found with the fault, clean without?
+  pvirq check fifo-ready --explain              its story, and the shortest schedule that shows it
   pvirq check --all --jobs 2                    every one of them
   pvirq check my_driver.py --explain            functions check_... of a file
   pvirq check my_driver.py::check_irq --order tso --svg race.svg
@@ -85,7 +85,7 @@ def check(
     FILE.py::check_it. Without NAME the known races are listed. A race is searched with the fault, which has to be
     found, and cured, which has to be clean; a model of one's own has to be clean.
 
-    docs/check.md tells how to write models, what the figures mean, and the story of each race.
+    docs/check.md tells how to write models and what the figures mean.
     """
     pictures = _Pictures(explain, lines, svg, mermaid, save)
     if schedule is not None:
