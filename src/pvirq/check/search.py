@@ -9,25 +9,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from pvirq.check import reduction
+from pvirq.check.compiled import Circle, Reduced
 from pvirq.check.cycles import fair_cycle
-from pvirq.check.reduction import Circle, Reduced
 from pvirq.check.result import Failure, Result, Watch
 from pvirq.check.steps import End, Model
 from pvirq.check.system import Move, State, System, WildLock
-
-
-def _look_at_compiled() -> None:
-    """Where there is machine code of the reduced search (`make compiled`) it is what was imported: is it of today?"""
-    compiled = Path(reduction.__file__)
-    source = compiled.with_name("reduction.py")
-    if compiled != source and source.exists() and source.stat().st_mtime > compiled.stat().st_mtime:
-        raise ImportError(f"{compiled} is older than {source.name}: `make compiled` again, or remove it")
-
-
-_look_at_compiled()
 
 
 def explore(
