@@ -11,9 +11,11 @@ import pytest
 
 from pvirq.check import Model, Thread, atomically, explore, note
 from pvirq.check.diagram import flows, mermaid, svg
-from pvirq.check.explain import columns, sentence, switches
+from pvirq.check.explain import columns, sentence
 from pvirq.check.guided import ScheduleError, follow, one_by_one
 from pvirq.check.schedulefile import Schedule, ScheduleFileError, read, write
+from pvirq.check.shortest import switches
+from pvirq.check.system import System
 
 DRIVER = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "check_driver.py"))
 LOST = "the driver sleeps for ever, with 2 responses in the ring"
@@ -60,7 +62,7 @@ def test_sentences() -> None:
         "looks: other = 7",
         "releases lock <&>",
     ]
-    assert switches(moved) == 5
+    assert switches(System(words()), SCHEDULE) == 5
 
 
 def test_columns() -> None:

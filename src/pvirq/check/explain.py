@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from itertools import pairwise
 from typing import Final
 
 from pvirq.check.guided import Moved
@@ -56,8 +55,3 @@ def columns(model: Model, moved: list[Moved], wrong: str | None, width: int = 10
     if wrong is not None:
         table += ["", *textwrap.wrap(f"=> {wrong}", max(width, NARROWEST), subsequent_indent="   ")]
     return table
-
-
-def switches(moved: list[Moved]) -> int:
-    """How often another thread goes on."""
-    return sum(1 for one, other in pairwise(moved) if one.thread != other.thread)

@@ -38,17 +38,13 @@ def follow(model: Model, schedule: Iterable[tuple[int, int]]) -> tuple[list[Move
     state = system.initial
     moved: list[Moved] = []
     for process, choice in schedule:
-        moves = [move for move in system.moves(state) if move[0] == process]
-        if choice >= len(moves):
+        after = system.step(state, process, choice)
+        if after is None:
             name = system.process_name(process) if process < system.processes else f"process {process}"
             raise ScheduleError(f"step {len(moved) + 1}: {name} can't go on there")
-        after = moves[choice][1]
         moved.append(_moved(system, state, process, choice, after))
         state = after
-    wrong = system.broken(state)
-    if wrong is None and not system.moves(state):
-        wrong = system.verdict(state)
-    return moved, wrong
+    return moved, system.wrong(state)
 
 
 def _moved(system: System, state: State, process: int, choice: int, after: State) -> Moved:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pvirq.check.cores import in_order
 from pvirq.check.result import Failure
 from pvirq.check.steps import Model
-from pvirq.check.system import System
+from pvirq.check.system import System, apply
 
 _CHUNK = 250  # seeds that a worker is given at once
 _TRIALS = 8  # runs that say how long runs are
@@ -126,10 +126,7 @@ def _run(system: System, seed: int, depth: int, steps: int, max_steps: int) -> t
         moves = system.edge(state, process).moves
         choice = rng.randrange(len(moves)) if len(moves) > 1 else 0
         changes, mask, place = moves[choice]
-        new = list(state)
-        for index, value in changes:
-            new[index] = value
-        state = tuple(new)
+        state = apply(state, changes)
         schedule.append((process, choice))
         if place is not None and place.broken is not None:
             wrong = system.says(place)

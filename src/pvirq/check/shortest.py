@@ -42,36 +42,19 @@ def switches(system: System, schedule: Sequence[tuple[int, int]]) -> int:
     return sum(1 for before, after in pairwise(threads) if before != after)
 
 
-def _wrong(system: System, state: State) -> str | None:
-    wrong = system.broken(state)
-    if wrong is None and not any(system.edge(state, process).moves for process in range(system.processes)):
-        wrong = system.verdict(state)
-    return wrong
-
-
-def _step(system: System, state: State, process: int, choice: int) -> State | None:
-    moves = system.edge(state, process).moves if process < system.processes else ()
-    if choice >= len(moves):
-        return None
-    new = list(state)
-    for index, value in moves[choice][0]:
-        new[index] = value
-    return tuple(new)
-
-
 def _fails(system: System, schedule: Sequence[tuple[int, int]]) -> str | None:
     """What is wrong where a schedule ends; None also where it can't be followed."""
     state: State | None = system.initial
     for process, choice in schedule:
-        state = _step(system, state, process, choice) if state is not None else None
-    return None if state is None else _wrong(system, state)
+        state = system.step(state, process, choice) if state is not None else None
+    return None if state is None else system.wrong(state)
 
 
 def _around(system: System, schedule: Schedule) -> tuple[Schedule, Schedule, State] | None:
     """A livelock's schedule: the way to the circle, the circle, and where it begins."""
     states = [system.initial]
     for process, choice in schedule:
-        after = _step(system, states[-1], process, choice)
+        after = system.step(states[-1], process, choice)
         if after is None:
             raise ScheduleError("the schedule can't be followed")
         states.append(after)
@@ -107,7 +90,7 @@ def _breadth_first(
                 thread = system.thread(process)
                 cost = count + (last not in (-1, thread))
                 for choice in range(len(system.edge(state, process).moves)):
-                    after = _step(system, state, process, choice)
+                    after = system.step(state, process, choice)
                     assert after is not None
                     if met.setdefault(after, length) < length:
                         continue
@@ -116,7 +99,7 @@ def _breadth_first(
                         following[reached] = cost
                         came[reached] = node, (process, choice)
                     if after not in ends:
-                        wrong = _wrong(system, after) if target is None else None
+                        wrong = system.wrong(after) if target is None else None
                         ends[after] = after == target or (wrong is not None and message in (None, wrong))
         found = [(cost, number) for number, (node, cost) in enumerate(following.items()) if ends[node[0]]]
         if found:

@@ -157,11 +157,13 @@ class System:
         found = []
         for process in range(self.processes):
             for changes, _, _ in self.edge(state, process).moves:
-                new = list(state)
-                for index, value in changes:
-                    new[index] = value
-                found.append((process, tuple(new)))
+                found.append((process, apply(state, changes)))
         return found
+
+    def step(self, state: State, process: int, choice: int) -> State | None:
+        """The state after one move, as a schedule names it; None where there is no such move."""
+        moves = self.edge(state, process).moves if process < self.processes else ()
+        return apply(state, moves[choice][0]) if choice < len(moves) else None
 
     # -- what moves touch ------------------------------------------------------------------------------------------
 
@@ -235,6 +237,13 @@ class System:
                 return self.says(place)
         return self.unsound(state)
 
+    def wrong(self, state: State) -> str | None:
+        """What is wrong with a state, be it on the way or one in which nobody can go on."""
+        wrong = self.broken(state)
+        if wrong is None and not any(self.edge(state, process).moves for process in range(self.processes)):
+            wrong = self.verdict(state)
+        return wrong
+
     def says(self, place: Place) -> str:
         """What a thread says that is broken."""
         return f"{place.thread.program.name}: {place.broken}"
@@ -307,6 +316,14 @@ class System:
         if step is not None and (step.kind is not Kind.STORE or self.model.order == "sc"):
             indices |= {variable.index for variable in step.writes}
         return tuple(variable.name for variable in self.model.variables if variable.index in indices)
+
+
+def apply(state: State, changes: Changes) -> State:
+    """A state with what a move changes."""
+    new = list(state)
+    for index, value in changes:
+        new[index] = value
+    return tuple(new)
 
 
 def _legal(value: Any, after: Any, held: Held, bit: int) -> bool:
