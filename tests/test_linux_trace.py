@@ -21,7 +21,7 @@ from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
 from pvirq.xen.domain import Vcpu
 from pvirq.xen.evtchn_channels import Channel
-from pvirq.xen.probes import Instrument
+from pvirq.xen.probes import Instrument, has_front
 
 pytestmark = pytest.mark.boot
 
@@ -189,8 +189,8 @@ def test_a_trace_of_a_guest_that_runs_already_and_its_end(host: Host, trace: Tra
     machine = guest.machine
     [probed] = guest.domain.probed
     assert isinstance(probed, ProbedGuest)
-    assert "run" not in vars(machine)
-    assert all("deliver_events" not in vars(cpu) and cpu.hypercalls is machine.hypercalls for cpu in machine.cpus)
+    assert not has_front(machine, "run")
+    assert all(not has_front(cpu, "deliver_events") and cpu.hypercalls is machine.hypercalls for cpu in machine.cpus)
     assert probed._irqs is not None
     assert not probed._irqs._removers
     count = len(trace.events)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pvirq import machine_code
+
 if TYPE_CHECKING:
     from pvirq.abi.errno import Errno, XenError
     from pvirq.engine.protocol import EngineError
@@ -50,6 +52,9 @@ _WHERE = {
     "restore_host": "pvirq.hostfile",
     "save_host": "pvirq.hostfile",
 }
+
+
+machine_code.choose()
 
 
 def __getattr__(name: str) -> Any:

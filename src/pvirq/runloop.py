@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+from mypy_extensions import mypyc_attr
+
 from pvirq.abi.xen import VIRQ_DOM_EXC
 from pvirq.engine.protocol import MANY_PAUSES
 from pvirq.guest import HostStuck
@@ -30,6 +32,7 @@ ENDLESS: Final = MANY_PAUSES  # where nobody else is ready
 FOREVER: Final = 1 << 62
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RunLoop:
     """Runs real guests' machines and modelled domains' kernels, on the hypervisor's clock.
 

@@ -203,10 +203,11 @@ class BlkBack(Driver):
     def _write_features(self, tx: int) -> Body[None]:
         """connect."""
         dev, xs = self.dev, self.dev.xs
+        store: object = self.store
         features: list[tuple[str, int]] = []
         if self._modern:
             features.append(("feature-flush-cache", 1))
-            if isinstance(self.store, Discards) and (yield from xs.read_int(dev.path("discard-enable"), 1, tx)):
+            if isinstance(store, Discards) and (yield from xs.read_int(dev.path("discard-enable"), 1, tx)):
                 features += [
                     ("discard-granularity", 4096), ("discard-alignment", 0), ("discard-secure", 0),
                     ("feature-discard", 1),

@@ -364,7 +364,7 @@ class BlkbackRing:
             self._flush(request, None)
 
     def _flush(self, request: _Request, error: Errno | None) -> None:
-        store = self.back.store
+        store: object = self.back.store
         if error is None and isinstance(store, Flushes):
             store.flush(lambda _data, error: self._end(request, error))
         else:
@@ -379,7 +379,8 @@ class BlkbackRing:
             self._respond(ident, operation, BLKIF_RSP_EOPNOTSUPP)
 
     def _dispatch_discard(self, ident: int, sector: int, count: int) -> None:
-        back, store = self.back, self.back.store
+        back = self.back
+        store: object = back.store
         if back.readonly or sector + count > back.sectors:
             back.complain(f"access denied: DISCARD [{sector}->{sector + count}]")
             self._respond(ident, BLKIF_OP_DISCARD, BLKIF_RSP_ERROR)

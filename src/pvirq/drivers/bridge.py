@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from pvirq.abi.errno import Errno, XenError
 from pvirq.drivers.skb import Skb, finish
 from pvirq.xen.timer import NS_PER_S
@@ -12,6 +14,7 @@ from pvirq.xen.timer import NS_PER_S
 AGEING_NS: Final = 300 * NS_PER_S  # after which a bridge has forgotten where an address was
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Interface:
     """A network interface of domain 0. `receive` takes what came in through it; it goes to the bridge it is a port of.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvirq.abi import grant_table as abi
 from pvirq.abi.errno import Errno, XenError
@@ -18,12 +18,13 @@ GREFS_PER_FRAME: Final = PAGE_SIZE // abi.GRANT_ENTRY_V1_SIZE
 IN_USE: Final = abi.GTF_reading | abi.GTF_writing
 # Where a mapping would be in the kernel's address space: it has none, but an unmap names one.
 ANYWHERE: Final = PAGE_SIZE
+Page: TypeAlias = memoryview  # by this name, as mypyc doesn't find memoryview in what becomes __annotations__
 
 
 class Mapped(NamedTuple):
     """A granted frame that is mapped: its bytes in place, and what it takes to unmap it."""
 
-    page: memoryview
+    page: Page
     mfn: int
     handle: int
 

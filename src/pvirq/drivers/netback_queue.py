@@ -191,10 +191,9 @@ class BackQueue:
                     )
                 if not waiting:
                     break
-                self._take_packet(waiting)
-                work += 1
-                if self._freed:  # what the packet set off
+                if not self._take_packet(waiting):
                     return
+                work += 1
         except FatalTxError as error:
             self._push_tx()
             self._disable(str(error))
@@ -225,8 +224,11 @@ class BackQueue:
             responses[1:1] = [NETIF_TX_RESPONSE.pack(0, NETIF_RSP_NULL)] * extras
         self.tx.put_all(responses)
 
-    def _take_packet(self, waiting: int) -> None:
-        """One packet off the ring, of `waiting` requests, and up into the network (xenvif_tx_build_gops, _submit)."""
+    def _take_packet(self, waiting: int) -> bool:
+        """One packet off the ring, of `waiting` requests, and up into the network (xenvif_tx_build_gops, _submit).
+
+        False: what it set off there has freed this queue.
+        """
         gref, offset, flags, ident, total = NETIF_TX_REQUEST.unpack_from(*self.tx.take())
         idents, first, extras = [ident], total, NO_EXTRAS
         pieces = [(gref, offset, total)]
@@ -234,14 +236,14 @@ class BackQueue:
             extras = self._read_extras(waiting - 1)
             if extras.multicast:
                 self._answer(idents, extras.count, NETIF_RSP_OKAY)
-                return
+                return True
         if flags & NETTXF_more_data:
             self._read_slots(waiting - extras.count, idents, pieces)
             first -= sum([size for _gref, _offset, size in pieces[1:]])
             pieces[0] = gref, offset, first
         if first < 0 or total < ETH_HLEN or len(pieces) > XEN_NETIF_NR_SLOTS_MIN:
             self._answer(idents, extras.count, NETIF_RSP_ERROR)
-            return
+            return True
         for _gref, offset, size in pieces:
             if offset + size > PAGE_SIZE:
                 raise FatalTxError(f"Cross page boundary, txp->offset: {offset}, size: {size}")
@@ -251,12 +253,13 @@ class BackQueue:
         except GrantError as error:
             self._kernel.printk(f"vif {vif.back.dev.ident} {vif.name}: Grant copy of a packet failed: {error}")
             self._answer(idents, extras.count, NETIF_RSP_ERROR)
-            return
+            return True
         self._answer(idents, extras.count, NETIF_RSP_OKAY)
         vif.tx_packets += 1
         vif.tx_bytes += total
         csum_blank, validated = flags & NETTXF_csum_blank != 0, flags & NETTXF_data_validated != 0
         vif.receive(Skb(data, csum_blank, validated, extras.gso_size, extras.gso_type))
+        return not self._freed
 
     def _read_slots(self, waiting: int, idents: list[int], pieces: list[tuple[int, int, int]]) -> None:
         """The slots behind a packet's first, of `waiting` requests with that one (xenvif_count_requests)."""

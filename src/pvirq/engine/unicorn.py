@@ -167,7 +167,7 @@ class UnicornEngine:
         regs, u32, state = self.regs, self._u32, self._state
         error_code, is_int, old_exception = state.error_code, state.exception_is_int, state.old_exception
 
-        def syscall(_uc: int, _data: int) -> None:
+        def syscall(_uc: object, _data: object) -> None:
             # Unicorn leaves RIP at the instruction and adds its two bytes when this returns.
             try:
                 rip = regs[RIP] + 2 & M64
@@ -177,7 +177,7 @@ class UnicornEngine:
             except BaseException as failure:
                 self._fail(failure)
 
-        def interrupt(_uc: int, vector: int, _data: int) -> None:
+        def interrupt(_uc: object, vector: int, _data: object) -> None:
             # QEMU's own delivery would have cleared this; left alone, the next contributory fault becomes #DF.
             u32[old_exception] = 0xFFFFFFFF
             try:
@@ -185,7 +185,7 @@ class UnicornEngine:
             except BaseException as failure:
                 self._fail(failure)
 
-        def invalid(_uc: int, _data: int) -> bool:
+        def invalid(_uc: object, _data: object) -> bool:
             u32[old_exception] = 0xFFFFFFFF
             try:
                 # INT 6 comes here too, with RIP still at the instruction.
@@ -196,7 +196,7 @@ class UnicornEngine:
                 self._fail(failure)
             return True
 
-        def cpuid(_uc: int, _data: int) -> int:
+        def cpuid(_uc: object, _data: object) -> int:
             try:
                 leaf = self.handler.cpuid(regs[RAX] & 0xFFFFFFFF, regs[RCX] & 0xFFFFFFFF)
                 regs[RAX], regs[RBX], regs[RCX], regs[RDX] = leaf
@@ -228,7 +228,7 @@ class UnicornEngine:
 
     def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
         # With bounds of one address only the block that is translated there calls the hook: all others are as ever.
-        def reached(_uc: int, _va: int, _size: int, _data: int) -> None:
+        def reached(_uc: object, _va: int, _size: int, _data: object) -> None:
             try:
                 callback()
             except BaseException as failure:

@@ -106,7 +106,7 @@ class IrqAction:
     handler: IrqHandler
     flags: int
     name: str
-    dev_id: object
+    dev_id: Any  # what is given back to the handler
     has_dir: bool = True
 
 

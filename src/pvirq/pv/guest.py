@@ -35,7 +35,10 @@ M2P_SLOT: Final = (HYPERVISOR_VIRT_START >> 39) & 511
 
 
 class PvGuest:
-    """One domain's machine. Several vCPUs share the engine by turns; `current` is the one whose registers it holds."""
+    """One domain's machine. Several vCPUs share the engine by turns; `current` is the one whose registers it holds.
+
+    `run` is `do_run`, unless something has been put in front of it (`pvirq.xen.probes.put`).
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class PvGuest:
 
         EngineError or XenError(ENOMEM) where that can't be had.
         """
+        self.run: Callable[[Vcpu, int | None], None] = self.do_run
         self.domain = domain
         machine = domain.machine
         domain.tot_pages = memory_bytes >> PAGE_SHIFT
@@ -249,7 +253,7 @@ class PvGuest:
         finally:
             self._load(before)
 
-    def run(self, vcpu: Vcpu, until_ticks: int | None) -> None:
+    def do_run(self, vcpu: Vcpu, until_ticks: int | None) -> None:
         """Run a vCPU until something else is to be done, `until_ticks` of the engine's counter at the latest.
 
         A guest that can't go on is shut down with SHUTDOWN_crash, and `crash` says why.

@@ -6,20 +6,21 @@ from typing import Final
 
 from pvirq.abi.arch_x86 import HYPERVISOR_VIRT_END
 from pvirq.abi.errno import Errno, XenError
+from pvirq.pv.kept import Kept
 from pvirq.pv.pagetable import ADDRESS, PRESENT, RW
 from pvirq.xen.memory import Machine
 
 M64: Final = (1 << 64) - 1
 
 
-class GuestMemory:
+class GuestMemory(Kept):
     """Reads and writes through the page tables that a vCPU has loaded; every address may be nonsense."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, kept: memoryview) -> None:
+        """`kept`: the items of the vCPU's slot, where the roots of its page tables are."""
+        super().__init__(kept)
         self._mem = machine.mem
         self._u64 = machine.u64
-        self.kernel_root = 0  # mfn of the root page table
-        self._walk_root = 0  # index in u64 of the root that translations start from: the kernel's or the user's
 
     def translate(self, va: int, write: bool = False) -> int:
         """The machine address behind a guest virtual address, as Xen's copy_to/from_guest would reach it.
@@ -29,7 +30,7 @@ class GuestMemory:
         if not (va < 1 << 47 or va >= HYPERVISOR_VIRT_END):
             raise XenError(Errno.EFAULT, f"{va:#x} is not a guest address")
         u64 = self._u64
-        entry = flags = u64[self._walk_root + (va >> 39 & 511)]
+        entry = flags = u64[self.walk_root + (va >> 39 & 511)]
         if entry & PRESENT:
             entry = u64[((entry & ADDRESS) >> 3) + (va >> 30 & 511)]
             flags &= entry
@@ -44,7 +45,7 @@ class GuestMemory:
 
     def l1_index(self, va: int) -> int | None:
         """Where the level-1 entry of an address is, as an index of 64-bit items; None without a level-1 table."""
-        u64, index = self._u64, self._walk_root + (va >> 39 & 511)
+        u64, index = self._u64, self.walk_root + (va >> 39 & 511)
         for shift in (30, 21, 12):
             entry = u64[index]
             if not entry & PRESENT:
@@ -68,19 +69,19 @@ class GuestMemory:
 
     def read_as_kernel(self, va: int, nbytes: int) -> bytes:
         """`read` through the kernel's page tables, whatever mode the guest is in."""
-        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        root, self.walk_root = self.walk_root, self.kernel_root << 9
         try:
             return self.read(va, nbytes)
         finally:
-            self._walk_root = root
+            self.walk_root = root
 
     def translate_as_kernel(self, va: int) -> int:
         """`translate` through the kernel's page tables."""
-        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        root, self.walk_root = self.walk_root, self.kernel_root << 9
         try:
             return self.translate(va)
         finally:
-            self._walk_root = root
+            self.walk_root = root
 
     def write(self, va: int, data: bytes) -> None:
         """Copy to the guest; XenError(EFAULT), and nothing copied, where any of it can't be written."""

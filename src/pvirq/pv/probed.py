@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
@@ -84,7 +83,7 @@ class ProbedGuest:
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
         guest = self._guest
-        run = MethodType(type(guest).run, guest)
+        run = guest.do_run
         said: dict[Any, Any] = {}
 
         def told(vcpu: Vcpu, record: str, *why: str) -> Once:
@@ -155,7 +154,7 @@ class ProbedGuest:
 
 
 def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
-    deliver: Callable[[int], int] = MethodType(type(cpu).deliver_events, cpu)
+    deliver = cpu.do_deliver_events
     vcpu, mem = cpu.vcpu, cpu.domain.machine.mem
     told = probes.fixed("upcall", vcpu)
 

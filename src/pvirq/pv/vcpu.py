@@ -9,6 +9,7 @@ interrupt flag (vcpu_info.evtchn_upcall_mask). This module is that part of xen/a
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.arch_x86 import (
@@ -27,7 +28,6 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.vcpu import RUNSTATE_offline
 from pvirq.abi.xen import HYPERVISOR_iret
 from pvirq.engine.protocol import (
-    ARCHITECTURAL_IOPL,
     FAULT_ENTRY,
     FAULT_MASKS,
     FLAG_AC,
@@ -39,13 +39,6 @@ from pvirq.engine.protocol import (
     FLAG_VM,
     GDT,
     INFO,
-    IOPL,
-    KERNEL_ROOT,
-    KERNEL_SP,
-    KERNEL_SS,
-    NMI_MASKED,
-    NMI_PENDING,
-    OTHER_GS_BASE,
     R8,
     R9,
     R10,
@@ -57,13 +50,8 @@ from pvirq.engine.protocol import (
     RIP,
     RSI,
     RSP,
-    RUNSTATE,
-    RUNSTATE_AREA,
-    RUNSTATE_SINCE,
     RUNSTATE_TIMES,
     SHORT_HYPERCALLS,
-    SYSCALL_ENTRY,
-    SYSCALL_MASKS,
     TRAP_BP,
     TRAP_DB,
     TRAP_GP,
@@ -71,9 +59,6 @@ from pvirq.engine.protocol import (
     TRAP_PF,
     TRAP_SS,
     TRAP_UD,
-    USER_MODE,
-    USER_ROOT,
-    WALK_ROOT,
     CpuidLeaf,
     Slot,
 )
@@ -112,47 +97,18 @@ _unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
-class _Kept:
-    """An attribute that is an item of the vCPU's slot, where the engine's short cuts read and change it too."""
-
-    def __init__(self, item: int) -> None:
-        self.item = item
-
-    def __get__(self, cpu: PvVcpu, _kind: type | None = None) -> int:
-        return cpu.kept[self.item]
-
-    def __set__(self, cpu: PvVcpu, value: int) -> None:
-        cpu.kept[self.item] = value
-
-
 class PvVcpu(GuestMemory):
     """One vCPU. While it is loaded (`PvGuest.current`), the engine holds its registers.
 
     Implements `pvirq.engine.protocol.GuestHandler` and `pvirq.pv.hypercalls.protocol.GuestCpu`. The engine may do
     without it what `syscall` and `exception` do most (engine/crossing.c): each of them is the reference for that.
+    `deliver_events` is `do_deliver_events`, unless something has been put in front of it (`pvirq.xen.probes.put`).
     """
-
-    user_mode = _Kept(USER_MODE)
-    kernel_root = _Kept(KERNEL_ROOT)
-    user_root = _Kept(USER_ROOT)  # mfn of the root page table of user mode
-    _walk_root = _Kept(WALK_ROOT)
-    inactive_gs_base = _Kept(OTHER_GS_BASE)  # of the mode that isn't running
-    kernel_sp = _Kept(KERNEL_SP)
-    kernel_ss = _Kept(KERNEL_SS)
-    syscall_callback = _Kept(SYSCALL_ENTRY)
-    syscall_masks_events = _Kept(SYSCALL_MASKS)
-    nmi_pending = _Kept(NMI_PENDING)
-    nmi_masked = _Kept(NMI_MASKED)  # from its delivery to the next IRET
-    iopl = _Kept(IOPL)
-    architectural_iopl = _Kept(ARCHITECTURAL_IOPL)  # VMASST_TYPE_architectural_iopl
-    runstate_area = _Kept(RUNSTATE_AREA)
-    runstate = _Kept(RUNSTATE)
-    runstate_since = _Kept(RUNSTATE_SINCE)
 
     def __init__(self, guest: PvGuest, vcpu: Vcpu) -> None:
         self.slot: Slot = guest.engine.slot()
-        self.kept = self.slot.items
-        super().__init__(vcpu.domain.machine)
+        super().__init__(vcpu.domain.machine, self.slot.items)
+        self.deliver_events: Callable[[int], int] = self.do_deliver_events
         self.guest = guest
         self.vcpu = vcpu
         self.domain: Domain = vcpu.domain
@@ -212,18 +168,18 @@ class PvVcpu(GuestMemory):
 
     def update_runstate_area(self, info: bytes) -> None:
         """Write the runstate where the guest keeps it; not at all where it isn't mapped (update_runstate_area)."""
-        root, self._walk_root = self._walk_root, self.kernel_root << 9
+        root, self.walk_root = self.walk_root, self.kernel_root << 9
         try:
             self.write(self.runstate_area, info)
         except XenError:
             pass
         finally:
-            self._walk_root = root
+            self.walk_root = root
 
     def load_root(self) -> None:
         """Point the CPU at the root of the mode that it is in."""
         root = self.user_root if self.user_mode else self.kernel_root
-        self._walk_root = root << 9
+        self.walk_root = root << 9
         self.engine.cr3 = root << 12
         self.tables.stale.clear()
 
@@ -237,7 +193,7 @@ class PvVcpu(GuestMemory):
         self.user_mode = 1 - self.user_mode
         self.inactive_gs_base = engine.swap_gs_base(self.inactive_gs_base)
         root = self.user_root if self.user_mode else self.kernel_root
-        self._walk_root = root << 9
+        self.walk_root = root << 9
         engine.switch_space(root << 12, bool(self.user_mode))
 
     # -- entering the guest kernel -------------------------------------------------------------------------------------
@@ -314,7 +270,7 @@ class PvVcpu(GuestMemory):
         self.nmi_masked = True
         return self.bounce(address, bool(flags & TI_IF), rip, self.engine.rflags, None)
 
-    def deliver_events(self, rip: int) -> int:
+    def do_deliver_events(self, rip: int) -> int:
         """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -174,13 +173,16 @@ class Domain:
             self.machine.mem[vcpu.info + VCPU_INFO_UPCALL_MASK] = 1
         self.pirqs: DomainPirqs = DomainPirqs(self)
         self.evtchn: EventChannels = EventChannels(self, max_evtchns)
+        self._evtchnop: Evtchnop | None = None
 
-    @cached_property
+    @property
     def evtchnop(self) -> Evtchnop:
         """HYPERVISOR_event_channel_op as this domain."""
-        from pvirq.xen.evtchn_op import Evtchnop
+        if self._evtchnop is None:
+            from pvirq.xen.evtchn_op import Evtchnop
 
-        return Evtchnop(self)
+            self._evtchnop = Evtchnop(self)
+        return self._evtchnop
 
     def vcpu(self, vcpu_id: int) -> Vcpu:
         """A vCPU by number; XenError(ENOENT) where there is none."""
@@ -283,14 +285,17 @@ class Hypervisor:
         self.on_shutdown: Callable[[Domain], None] = lambda domain: None
         self._rover = 0
         self.cpus = 0  # physical ones; 0: as many as domain 0 has
+        self.irqs_so_far: Irqs | None = None  # None: nothing has asked for `irqs`
 
-    @cached_property
+    @property
     def irqs(self) -> Irqs:
         """The physical interrupts. They come to be when something first asks for them."""
-        from pvirq.xen.irq import Irqs
+        if self.irqs_so_far is None:
+            from pvirq.xen.irq import Irqs
 
-        dom0 = self.domains.get(0)
-        return Irqs(self, self.cpus or (len(dom0.vcpus) if dom0 else 1))
+            dom0 = self.domains.get(0)
+            self.irqs_so_far = Irqs(self, self.cpus or (len(dom0.vcpus) if dom0 else 1))
+        return self.irqs_so_far
 
     @property
     def ioapic(self) -> IoApic:

@@ -8,7 +8,6 @@ guests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from pvirq.abi.errno import Errno, XenError
@@ -24,11 +23,18 @@ if TYPE_CHECKING:
 
 
 class TwoLevel:
-    """Port operations of one domain under the two-level ABI (struct evtchn_port_ops)."""
+    """Port operations of one domain under the two-level ABI (struct evtchn_port_ops).
+
+    `init`, `set_pending` and `unmask` are `do_init` and so on, unless something has been put in front of them
+    (`pvirq.xen.probes.put`).
+    """
 
     fifo = False
 
     def __init__(self, domain: Domain) -> None:
+        self.init: Callable[[Channel], None] = self.do_init
+        self.set_pending: Callable[[Vcpu, Channel], None] = self.do_set_pending
+        self.unmask: Callable[[Channel], None] = self.do_unmask
         self._domain = domain
         self._mem = domain.machine.mem
         wide = domain.word_bits == 64
@@ -38,10 +44,10 @@ class TwoLevel:
         self._mask = domain.shared_info + (SHARED_INFO_EVTCHN_MASK if wide else SHARED_INFO_EVTCHN_MASK_32)
         self.max_channels = domain.word_bits * domain.word_bits
 
-    def init(self, channel: Channel) -> None:
+    def do_init(self, channel: Channel) -> None:
         """A port has been bound; nothing to prepare."""
 
-    def set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
+    def do_set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
         mem, port = self._mem, channel.port
         at, bit = port >> 3, 1 << (port & 7)
         pending = mem[self._pending + at]
@@ -71,7 +77,7 @@ class TwoLevel:
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
         """`set_pending`, after telling instruments what it will come to: by what tells that for these bits."""
-        set_pending, mem = MethodType(TwoLevel.set_pending, self), self._mem
+        set_pending, mem = self.do_set_pending, self._mem
         said: dict[Channel, tuple[int, int, int, dict[Any, Any]]] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
@@ -103,7 +109,7 @@ class TwoLevel:
     def clear_pending(self, channel: Channel) -> None:
         self._mem[self._pending + (channel.port >> 3)] &= ~(1 << (channel.port & 7)) & 0xFF
 
-    def unmask(self, channel: Channel) -> None:
+    def do_unmask(self, channel: Channel) -> None:
         mem, port = self._mem, channel.port
         at, bit = port >> 3, 1 << (port & 7)
         mask = mem[self._mask + at]

@@ -109,16 +109,24 @@ class Pirqs(Protocol):
         """The hypervisor's own number of the line, for the 'e' debug key (domain_pirq_to_irq)."""
 
 
+class Closer(Protocol):
+    """`EventChannels.do_close`, or what stands in front of it."""
+
+    def __call__(self, port: int, guest: bool = True) -> None: ...
+
+
 class EventChannels:
     """The event channels of one domain (the evtchn fields of struct domain).
 
     `active` counts ports in use, `xen_active` those of them that Xen itself consumes; port 0 is reserved and
     not counted. `generation` counts ports that were taken or given back: while it is the same, so are they. `check`,
-    where set, is asked before each of the domain's operations (`probes.Check`).
+    where set, is asked before each of the domain's operations (`probes.Check`). `close` is `do_close`, unless something
+    has been put in front of it (`probes.put`).
     """
 
     def __init__(self, domain: Domain, max_evtchns: int = -1) -> None:
         """`max_evtchns` is the highest permitted port; -1: as many as the ABI has (evtchn_init)."""
+        self.close: Closer = self.do_close
         self.domain = domain
         self.check = domain.hypervisor.probes.check_of(domain)
         self.max_port = INT_MAX if max_evtchns < 0 else min(max_evtchns, INT_MAX)
@@ -243,7 +251,7 @@ class EventChannels:
         channel.remote_domain = None
         self._give_back(channel.port)
 
-    def close(self, port: int, guest: bool = True) -> None:
+    def do_close(self, port: int, guest: bool = True) -> None:
         """Close a port; the other end of an interdomain channel becomes unbound (evtchn_close).
 
         Raises EINVAL for a port that is not bound, or that Xen consumes when it is the guest who asks.

@@ -12,7 +12,6 @@ succeeds, and BUSY, which only the retries set, is at most cleared.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -57,13 +56,20 @@ MAX_ARRAY_PAGES: Final = EVTCHN_FIFO_NR_CHANNELS // WORDS_PER_PAGE
 
 
 class Fifo:
-    """Port operations of one domain under the FIFO ABI (evtchn_port_ops, evtchn_fifo_domain)."""
+    """Port operations of one domain under the FIFO ABI (evtchn_port_ops, evtchn_fifo_domain).
+
+    `init`, `set_pending` and `unmask` are `do_init` and so on, unless something has been put in front of them
+    (`pvirq.xen.probes.put`).
+    """
 
     fifo = True
     max_channels = EVTCHN_FIFO_NR_CHANNELS
 
     def __init__(self, domain: Domain, channels: list[Channel]) -> None:
         """`channels` is the domain's own list, which grows: a new array page has to know who is in it."""
+        self.init: Callable[[Channel], None] = self.do_init
+        self.set_pending: Callable[[Vcpu, Channel], None] = self.do_set_pending
+        self.unmask: Callable[[Channel], None] = self.do_unmask
         self._domain = domain
         self._channels = channels
         self._mem = domain.machine.mem
@@ -129,10 +135,10 @@ class Fifo:
         page = port >> WORD_SHIFT
         return self._array[page] + (port & WORD_MASK) if page < len(self._array) else 0
 
-    def init(self, channel: Channel) -> None:
+    def do_init(self, channel: Channel) -> None:
         channel.priority = EVTCHN_FIFO_PRIORITY_DEFAULT
 
-    def set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
+    def do_set_pending(self, vcpu: Vcpu, channel: Channel) -> None:
         port = channel.port
         page, array = port >> WORD_SHIFT, self._array
         if page >= len(array):
@@ -192,7 +198,7 @@ class Fifo:
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
         """`set_pending`, after telling instruments what it will come to: by what tells that for these flags."""
-        set_pending, mem, said = MethodType(Fifo.set_pending, self), self._mem, self._said
+        set_pending, mem, said = self.do_set_pending, self._mem, self._said
         said.clear()
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
@@ -225,7 +231,7 @@ class Fifo:
         if at:
             self._u32[at] &= ~PENDING
 
-    def unmask(self, channel: Channel) -> None:
+    def do_unmask(self, channel: Channel) -> None:
         at = self._word(channel.port)
         if at:
             word = self._u32[at] & ~MASKED
@@ -235,7 +241,7 @@ class Fifo:
 
     def _relink(self, channel: Channel) -> None:
         """Put an event on its queue that was raised before: not past the door again (`pvirq.xen.probes`)."""
-        Fifo.set_pending(self, self._domain.vcpus[channel.notify_vcpu], channel)
+        self.do_set_pending(self._domain.vcpus[channel.notify_vcpu], channel)
 
     def mask(self, channel: Channel) -> bool:
         """Set the mask bit as the guest could; returns whether it was clear."""

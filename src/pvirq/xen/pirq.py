@@ -345,8 +345,8 @@ class DomainPirqs:
         self._info.clear()
         self.permitted.clear()
         hypervisor = self._domain.hypervisor
-        if "irqs" in vars(hypervisor):
-            for device in hypervisor.irqs.pci.values():
+        if hypervisor.irqs_so_far is not None:
+            for device in hypervisor.irqs_so_far.pci.values():
                 if device.owner is self._domain:
                     device.owner = hypervisor.domains.get(0)
 

@@ -356,10 +356,10 @@ class Probes:
         """Raise an event past the filters; for a filter that has held it back."""
         if self.on_raised is not None:
             self.on_raised(("raised", vcpu, channel, ops.outcome(vcpu, channel), self.current))
-        type(ops).set_pending(ops, vcpu, channel)  # type: ignore[arg-type]
+        ops.do_set_pending(vcpu, channel)
 
     def _told_unmask(self, domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Channel], None]:
-        unmask = MethodType(type(ops).unmask, ops)
+        unmask = ops.do_unmask
 
         def in_front(channel: Channel) -> None:
             comes = ops.is_masked(channel) and ops.is_pending(channel)
@@ -430,7 +430,7 @@ def say_nothing() -> None:
 
 
 def _told_init(domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Channel], None]:
-    init = MethodType(type(ops).init, ops)
+    init = ops.do_init
 
     def behind(channel: Channel) -> None:
         init(channel)
@@ -440,7 +440,7 @@ def _told_init(domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Ch
 
 
 def _told_close(evtchn: EventChannels, told: Tell) -> Callable[..., None]:
-    close = MethodType(type(evtchn).close, evtchn)
+    close = evtchn.do_close
 
     def behind(port: int, guest: bool = True) -> None:
         channel = evtchn.port(port)
@@ -452,7 +452,7 @@ def _told_close(evtchn: EventChannels, told: Tell) -> Callable[..., None]:
 
 
 def _told_jump(clock: Clock, told: Tell) -> Callable[[int], None]:
-    jump_to = MethodType(type(clock).jump_to, clock)
+    jump_to = clock.do_jump_to
 
     def behind(when: int) -> None:
         jump_to(when)
@@ -464,13 +464,24 @@ def _told_jump(clock: Clock, told: Tell) -> Callable[[int], None]:
 def put(target: object, name: str, function: Callable[..., object] | None) -> None:
     """Put a function in front of a method of one object; None: take it away.
 
+    Where the object's class is made for that, what the method does is in another, `do_` and its name, and the method an
+    attribute: with classes that are machine code (`pvirq.machine_code`) there is no other way.
     Not by way of `vars`, after which CPython finds the object's attributes more slowly for the rest of its life.
     """
     if function is not None:
         function.in_front = True  # type: ignore[attr-defined]
         setattr(target, name, function)
-    elif hasattr(getattr(target, name), "in_front"):  # what others have put there is theirs
-        delattr(target, name)
+    elif has_front(target, name):  # what others have put there is theirs
+        plain = getattr(target, f"do_{name}", None)
+        if plain is None:
+            delattr(target, name)
+        else:
+            setattr(target, name, plain)
+
+
+def has_front(target: object, name: str) -> bool:
+    """Has `put` something in front of this method of the object's?"""
+    return hasattr(getattr(target, name), "in_front")
 
 
 def _all_of(tells: list[Tell]) -> Tell:

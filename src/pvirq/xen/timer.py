@@ -29,10 +29,14 @@ class Timer:
 
 
 class Clock:
-    """The host's clock. Without a counter (modelled domains only) time moves by jumps alone."""
+    """The host's clock. Without a counter (modelled domains only) time moves by jumps alone.
+
+    `jump_to` is `do_jump_to`, unless something has been put in front of it (`pvirq.xen.probes.put`).
+    """
 
     def __init__(self, counter: Callable[[], int] | None = None, hz: float = NS_PER_S) -> None:
         """`counter` returns ticks of `hz` per second, never backwards; it is read only between start and stop."""
+        self.jump_to: Callable[[int], None] = self.do_jump_to
         self._queue: list[tuple[int, int, Timer]] = []
         self._sequence = 0
         self._listeners: list[Callable[[int], None]] = []
@@ -116,7 +120,7 @@ class Clock:
             self._ticks = self.ticks()
             self._running = False
 
-    def jump_to(self, when: int) -> None:
+    def do_jump_to(self, when: int) -> None:
         """Advance to `when` ns at least; never goes back."""
         ticks = self.ns_to_ticks(when)
         if self._running:
