@@ -30,10 +30,16 @@ class Mapped(NamedTuple):
 
 
 class Gnttab:
-    """A kernel's grant table. References below 8 are the toolstack's."""
+    """A kernel's grant table. References below 8 are the toolstack's.
+
+    `map` and `access` are `do_map` and `do_access`, unless something has been put in front of them
+    (`pvirq.xen.probes.put`).
+    """
 
     def __init__(self, kernel: Kernel[Any]) -> None:
         """Sets the domain's grant table up where nobody has."""
+        self.map: Callable[..., Mapped] = self.do_map
+        self.access: Callable[..., list[int]] = self.do_access
         self._kernel = kernel
         domain = kernel.domain
         self._machine = domain.machine
@@ -130,13 +136,13 @@ class Gnttab:
 
     # -- use of others' grants -----------------------------------------------------------------------------------------
 
-    def map(self, domid: int, ref: int, readonly: bool = False) -> Mapped:
+    def do_map(self, domid: int, ref: int, readonly: bool = False) -> Mapped:
         """Map a frame that `domid` grants (GNTTABOP_map_grant_ref). GrantError with Xen's status."""
         flags = abi.GNTMAP_host_map | abi.GNTMAP_readonly if readonly else abi.GNTMAP_host_map
         handle, mfn = map_grant(self.table, self._mapper, self._kernel.cpu, ANYWHERE, flags, ref, domid)
         return Mapped(self._machine.page(mfn), mfn, handle)
 
-    def access(self, granter: Domain, refs: Iterable[int], readonly: bool = False) -> list[int]:
+    def do_access(self, granter: Domain, refs: Iterable[int], readonly: bool = False) -> list[int]:
         """The mfns of frames that `granter` grants, for the time of one call: nothing is mapped. GrantError."""
         return access_grants(self._kernel.domain, granter, refs, readonly)
 

@@ -6,7 +6,7 @@ there may be to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from pvirq.abi.io_ring import REQ_EVENT, REQ_PROD, RING_HEADER, RSP_EVENT, RSP_PROD, ring_size
@@ -103,10 +103,17 @@ class FrontRing:
 
 
 class BackRing:
-    """A backend's end: takes requests, makes responses."""
+    """A backend's end: takes requests, makes responses.
+
+    `put`, `put_all` and `push_responses` are `do_put` and so on, unless something has been put in front of them
+    (`pvirq.xen.probes.put`).
+    """
 
     def __init__(self, pages: RingPages, entry_size: int) -> None:
         """Go on where the frontend's ring stands (BACK_RING_ATTACH at rsp_prod)."""
+        self.put: Callable[[bytes], None] = self.do_put
+        self.put_all: Callable[[Sequence[bytes]], None] = self.do_put_all
+        self.push_responses: Callable[[], bool] = self.do_push_responses
         self.entry_size = entry_size
         self.size = ring_size(entry_size, pages.size)
         self._pages = pages
@@ -162,7 +169,7 @@ class BackRing:
             if words[REQ_PROD] == prod:
                 return False
 
-    def put(self, response: bytes) -> None:
+    def do_put(self, response: bytes) -> None:
         """Write the next response; unseen until `push_responses`."""
         prod, whole = self.rsp_prod_pvt, self._whole
         at = RING_HEADER + (prod & self.size - 1) * self.entry_size
@@ -172,7 +179,7 @@ class BackRing:
             self._pages.write(at, response)
         self.rsp_prod_pvt = prod + 1 & U32
 
-    def put_all(self, responses: Sequence[bytes]) -> None:
+    def do_put_all(self, responses: Sequence[bytes]) -> None:
         """Write the next responses."""
         whole, size, mask, prod = self._whole, self.entry_size, self.size - 1, self.rsp_prod_pvt
         for response in responses:
@@ -193,7 +200,7 @@ class BackRing:
     def rsp_prod(self, value: int) -> None:
         self._words[RSP_PROD] = value & U32
 
-    def push_responses(self, upto: int | None = None) -> bool:
+    def do_push_responses(self, upto: int | None = None) -> bool:
         """Show the responses; True: the frontend wants to be told (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY).
 
         With `upto` only those before that index.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -453,7 +452,7 @@ class EventsBase:
         if probes.on_eoi is None:
             put(late, "eoi", None)
             return
-        eoi, vcpus, kernel = MethodType(type(late).eoi, late), self.domain.vcpus, self.kernel
+        eoi, vcpus, kernel = late.do_eoi, self.domain.vcpus, self.kernel
         said: dict[Any, Any] = {}
 
         def told_eoi(info: IrqInfo, spurious: bool) -> None:

@@ -29,10 +29,12 @@ class _Worker:
 class LateEoi:
     """The late EOIs of one kernel; `unmask(port)` is its ABI's.
 
-    `irq_epoch[cpu]` counts the ends of that CPU's event loop; `event_eoi_delay` is in jiffies.
+    `irq_epoch[cpu]` counts the ends of that CPU's event loop; `event_eoi_delay` is in jiffies. `eoi` is `do_eoi`,
+    unless something has been put in front of it (`pvirq.xen.probes.put`).
     """
 
     def __init__(self, kernel: Kernel[Any], nr_cpus: int, hz: int, event_eoi_delay: int) -> None:
+        self.eoi: Callable[[IrqInfo, bool], None] = self.do_eoi
         self._kernel = kernel
         self._hz = hz
         self.unmask: Callable[[int], None] = lambda port: None
@@ -46,7 +48,7 @@ class LateEoi:
         info.irq_epoch = self.irq_epoch[info.eoi_cpu]
         info.eoi_time = self._kernel.jiffies() + self.event_eoi_delay
 
-    def eoi(self, info: IrqInfo, spurious: bool) -> None:
+    def do_eoi(self, info: IrqInfo, spurious: bool) -> None:
         """The handler is done (xen_irq_lateeoi_locked).
 
         More spurious events in a row than the threshold wait: 1 jiffy the first beyond it, then twice as long for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from pvirq.abi.errno import Errno
 
@@ -148,8 +148,17 @@ class IrqDesc:
     last_unhandled: int = 0
 
 
+class AllocDesc(Protocol):
+    """`IrqDescs.do_alloc_desc`, or what stands in front of it."""
+
+    def __call__(self, at: int | None = None) -> IrqDesc: ...
+
+
 class IrqDescs:
-    """All lines of one kernel, by number."""
+    """All lines of one kernel, by number.
+
+    `alloc_desc` is `do_alloc_desc`, unless something has been put in front of it (`pvirq.xen.probes.put`).
+    """
 
     def __init__(
         self,
@@ -171,6 +180,7 @@ class IrqDescs:
         `dynirq_base` (arch_dynirq_lower_bound); `nr_irqs` grows. `smp` False is a kernel built without
         CONFIG_SMP: lines are never spread over CPUs.
         """
+        self.alloc_desc: AllocDesc = self.do_alloc_desc
         self.nr_cpus = nr_cpus
         self.cpu = cpu
         self.jiffies = jiffies
@@ -193,7 +203,7 @@ class IrqDescs:
             raise IrqError(Errno.EINVAL, f"no IRQ {irq}")
         return desc
 
-    def alloc_desc(self, at: int | None = None) -> IrqDesc:
+    def do_alloc_desc(self, at: int | None = None) -> IrqDesc:
         """Make a line with number `at`, or the lowest free one.
 
         IrqError(EEXIST), or ENOSPC without a free number.

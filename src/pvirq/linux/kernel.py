@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from pvirq.abi.errno import Errno
@@ -59,7 +58,8 @@ T = TypeVar("T")
 class Kernel(Generic[P]):
     """A modelled domain's kernel. `events` is its personality, which drivers bind their channels with.
 
-    `cpu` is the CPU that executes now; 0 while code from outside (a toolstack, a test) calls in.
+    `cpu` is the CPU that executes now; 0 while code from outside (a toolstack, a test) calls in. `run` is `do_run`,
+    unless something has been put in front of it (`pvirq.xen.probes.put`).
     """
 
     def __init__(self, domain: Domain, personality: Callable[[Kernel[P]], P]) -> None:
@@ -67,6 +67,7 @@ class Kernel(Generic[P]):
 
         Boot it with `boot`.
         """
+        self.run: Callable[[Vcpu], None] = self.do_run
         self.domain = domain
         self.clock = domain.hypervisor.clock
         self.cpu = 0
@@ -153,7 +154,7 @@ class Kernel(Generic[P]):
 
     # The host's run loop.
 
-    def run(self, vcpu: Vcpu) -> None:
+    def do_run(self, vcpu: Vcpu) -> None:
         """This vCPU's turn: upcalls, then process context, until nothing is left; then it blocks."""
         cpu, mem = vcpu.vcpu_id, self._mem
         turn = self._turns[cpu]
@@ -185,7 +186,7 @@ class Kernel(Generic[P]):
     def probe(self, probes: Probes) -> None:
         """Put in the way of turns, upcalls and interrupts what instruments want, or take it out."""
         self._turns = [None] * len(self._turns)  # made anew when a CPU next runs
-        put(self, "run", probes.turn(MethodType(type(self).run, self)) if probes.tells_turns else None)
+        put(self, "run", probes.turn(self.do_run) if probes.tells_turns else None)
         self.events.probe(probes)
 
     def _upcall_entry(self, cpu: int) -> Callable[[], object]:

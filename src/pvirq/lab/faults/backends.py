@@ -18,6 +18,7 @@ from pvirq.drivers.ring import BackRing
 from pvirq.drivers.served import ServedRing, ServedRings
 from pvirq.lab.faults.rule import Rule, ScheduledRule
 from pvirq.linux.kthread import Completion
+from pvirq.xen.probes import put
 from pvirq.xen.timer import Timer
 
 if TYPE_CHECKING:
@@ -220,13 +221,13 @@ class AnswerFaults:
     def _cover(self, served: ServedRing) -> None:
         disturbed = self._rings[served.ring] = Disturbed(served)
         for name, function in self._covers:
-            setattr(served.ring, name, partial(function, disturbed))
+            put(served.ring, name, partial(function, disturbed))
 
     def _uncover(self, disturbed: Disturbed) -> None:
         ring = disturbed.served.ring
         del self._rings[ring]
         for name, _function in self._covers:
-            delattr(ring, name)
+            put(ring, name, None)
 
     def _over(self, served: ServedRing) -> None:
         """The ring is served no more: its pages are the frontend's, or somebody else's."""
@@ -240,7 +241,7 @@ class AnswerFaults:
         for rule in self._rules:
             if rule.is_for(disturbed.served):
                 response = rule.changed(disturbed.served, response)
-        BackRing.put(disturbed.served.ring, response)
+        disturbed.served.ring.do_put(response)
 
     def _put_all(self, disturbed: Disturbed, responses: Sequence[bytes]) -> None:
         for response in responses:
@@ -266,7 +267,7 @@ class AnswerFaults:
 
     def _show_upto(self, disturbed: Disturbed, upto: int) -> bool:
         served = disturbed.served
-        wanted = BackRing.push_responses(served.ring, upto)
+        wanted = served.ring.do_push_responses(upto)
         for rule in self._rules:
             if rule.is_for(served):
                 rule.pushed(served)

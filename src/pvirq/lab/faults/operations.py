@@ -28,6 +28,7 @@ from pvirq.pv.vcpu import PvVcpu
 from pvirq.xen.domain import Domain
 from pvirq.xen.evtchn_channels import ECS_FREE, EventChannels
 from pvirq.xen.grant import GrantError
+from pvirq.xen.probes import put
 
 if TYPE_CHECKING:
     from pvirq.host import Host
@@ -223,8 +224,8 @@ class NoIrqs(ScheduledRule):
             self.note("refused", d=domain.domid, operation=name, error=Errno.ENOSPC.name)
             return refuse()
 
-        setattr(owner, name, allocate)
-        self._undo.append(lambda: delattr(owner, name))
+        put(owner, name, allocate)
+        self._undo.append(lambda: put(owner, name, None))
 
     @staticmethod
     def _no_desc() -> int:
@@ -280,10 +281,10 @@ class HypercallFaults:
         if wanted and self._gnttab is None:
             gnttab = self._gnttab = self._host.backends.xenbus.gnttab
             for name in ("map", "access"):
-                setattr(gnttab, name, partial(self._map, getattr(gnttab, name)))
+                put(gnttab, name, partial(self._map, getattr(gnttab, name)))
         elif not wanted and self._gnttab is not None:
             for name in ("map", "access"):
-                delattr(self._gnttab, name)
+                put(self._gnttab, name, None)
             self._gnttab = None
 
     def _map(self, found: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
