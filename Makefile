@@ -5,7 +5,7 @@
 # make bench   the benchmarks: medians, and bench.json
 # make bench-xen     the devices' benchmarks on pvirq and on real Xen in QEMU, side by side (docs/benchmarks.md)
 # make crossing    the guests' machine code, where crossing.c has changed (src/pvirq/engine)
-# make compiled    the checker's search as machine code (mypyc, gcc): optional, 1.7 times as fast
+# make compiled    pvirq's hottest modules as machine code (mypyc, gcc; some minutes): optional (docs/machine-code.md)
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin
@@ -16,7 +16,7 @@ run: setup
 	$(BIN)/pvirq boot --exec 'cat /proc/interrupts' --dom0-interrupts
 
 test: setup lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	PVIRQ_COMPILED=0 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check
@@ -31,7 +31,7 @@ conformance: setup
 	$(BIN)/python tests/conformance.py $(CONFORMANCE)
 
 bench: setup
-	-tools/compiled.sh $(BIN)/mypyc src
+	-$(BIN)/python tools/compiled.py
 	$(BIN)/python -m benchmarks
 
 bench-xen: setup
@@ -41,12 +41,13 @@ crossing:
 	tools/crossing.sh
 
 compiled: setup
-	tools/compiled.sh $(BIN)/mypyc src
+	$(BIN)/python tools/compiled.py
 
 setup:
 	@tools/setup.sh
 
 clean:
-	rm -f src/pvirq/check/*.so
+	find src -name '*.so' -delete
+	rm -f src/pvirq/compiled.txt
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench.json bench-xen.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -82,9 +82,12 @@ def work(bench: Bench) -> dict[str, float]:
     """All measurements but boot; the names are those of benchmarks.bench.TARGETS without "devices."."""
     for number, address in enumerate(ADDRESSES):
         bench.sh(number, f"ip addr add {address}/24 dev eth0; ip link set eth0 up")
-    found = {"event_round_trip.us": bench.timed(0, f"work events {bench.echo()} {EVENTS}") / EVENTS * 1e6}
+    events = f"work events {bench.echo()} {EVENTS}"
+    found = {"event_round_trip.us": bench.timed(0, f"{events} together") / EVENTS * 1e6}
+    found["event_round_trip_apart.us"] = bench.timed(0, f"{events} apart") / EVENTS * 1e6
     found["read_4k.per_s"] = SMALL_READS / bench.timed(0, f"work read /dev/xvda 4096 {SMALL_READS}")
     found["read_1m.mb_per_s"] = LARGE_READS * MIB / 1e6 / bench.timed(0, f"work read /dev/xvda {MIB} {LARGE_READS}")
+    found["ping_dom0.us"] = bench.timed(0, f"work ping {DOM0_ADDRESS} {PINGS}") / PINGS * 1e6
     found["ping_guest.us"] = bench.timed(0, f"work ping {ADDRESSES[1]} {PINGS}") / PINGS * 1e6
     bench.sh(1, f"work serve {PORT} > /dev/null 2>&1 &")
     found["tcp_guest.mb_per_s"] = TCP_MIB * MIB / 1e6 / bench.timed(0, f"work send {ADDRESSES[1]} {PORT} {TCP_MIB}")
@@ -160,6 +163,7 @@ def pvirq_bench() -> Iterator[PvirqBench]:
     kernel, initrd = guest_parts()
     with Host() as host:
         guests = [boot_guest(host, kernel, initrd, number) for number in range(2)]
+        host.station(f"{DOM0_ADDRESS}/24")
         bench = PvirqBench(host, guests)
         for number in range(2):
             bench.sh(number, USABLE)

@@ -132,7 +132,7 @@ def linux() -> dict[str, float]:
         bench.sh(0, devices.USABLE)
 
         def work() -> None:
-            bench.sh(0, f"work events {bench.echo()} {ROUND_TRIPS}")
+            bench.sh(0, f"work events {bench.echo()} {ROUND_TRIPS} together")
 
         found = {"linux_events": ratio(host, work, LINUX_ROUNDS)}
         with tempfile.TemporaryDirectory() as scratch:

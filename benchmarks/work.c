@@ -2,7 +2,9 @@
  * "begin" and "end NANOSECONDS"; whoever reads the console can time it by another clock.
  *
  *   work echo DOMID              sends back each event of that domain; prints its port
- *   work events DOMID PORT N     N events to such an echo and back, one after the other
+ *   work events DOMID PORT N WHERE
+ *                                N events to such an echo and back, one after the other, from the CPU that is interrupted
+ *                                for it ("together") or from another ("apart")
  *   work read DEVICE BYTES N     N reads of so many bytes, O_DIRECT, one after the other
  *   work ping ADDRESS N          N ICMP echo requests, each sent when the last was answered
  *   work serve PORT              takes TCP connections and reads them to their end, then answers one byte
@@ -14,6 +16,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/ip_icmp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,13 +90,44 @@ static void echo(unsigned int domid)
         notify(fd, take(fd));
 }
 
-static void events(unsigned int domid, unsigned int remote, int count)
+/* The CPU that this process's interrupt comes to, as the kernel has spread it. */
+static int interrupted_cpu(void)
+{
+    char line[4096], path[64];
+    int irq = -1, cpu = -1;
+    FILE *file = fopen("/proc/interrupts", "r");
+    if (!file)
+        err(1, "/proc/interrupts");
+    while (fgets(line, sizeof line, file))
+        if (strstr(line, "evtchn:work"))
+            irq = atoi(line);
+    fclose(file);
+    snprintf(path, sizeof path, "/proc/irq/%d/effective_affinity_list", irq);
+    file = fopen(path, "r");
+    if (!file || fscanf(file, "%d", &cpu) != 1)
+        err(1, "%s", path);
+    fclose(file);
+    return cpu;
+}
+
+static void run_on(int cpu)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    if (sched_setaffinity(0, sizeof set, &set))
+        err(1, "CPU %d", cpu);
+}
+
+static void events(unsigned int domid, unsigned int remote, int count, const char *where)
 {
     int fd = open_evtchn();
     struct ioctl_evtchn_bind_interdomain bind = { domid, remote };
     int port = ioctl(fd, IOCTL_EVTCHN_BIND_INTERDOMAIN, &bind);
     if (port < 0)
         err(1, "IOCTL_EVTCHN_BIND_INTERDOMAIN");
+    int cpu = interrupted_cpu();
+    run_on(strcmp(where, "apart") ? cpu : !cpu);
     /* What is pending since the binding is not the echo's. */
     usleep(200000);
     fcntl(fd, F_SETFL, O_NONBLOCK);
@@ -218,8 +252,8 @@ int main(int argc, char **argv)
     const char *what = argc > 1 ? argv[1] : "";
     if (!strcmp(what, "echo") && argc == 3)
         echo(atoi(argv[2]));
-    else if (!strcmp(what, "events") && argc == 5)
-        events(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
+    else if (!strcmp(what, "events") && argc == 6)
+        events(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), argv[5]);
     else if (!strcmp(what, "read") && argc == 5)
         read_disk(argv[2], atol(argv[3]), atoi(argv[4]));
     else if (!strcmp(what, "ping") && argc == 4)

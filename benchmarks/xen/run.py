@@ -79,8 +79,6 @@ def run(runs: int, report: Callable[[str], None]) -> dict[str, list[float]]:
             host.report("and the second")
             bench = XenBench(host)
             values |= devices.work(bench)
-            ping = bench.timed(0, f"work ping {devices.DOM0_ADDRESS} {devices.PINGS}")
-            values["ping_dom0.us"] = ping / devices.PINGS * 1e6
             host.report("worked")
         for name, value in values.items():
             found.setdefault(devices.PREFIX + name, []).append(value)

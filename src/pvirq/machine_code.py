@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from types import ModuleType
 from typing import Final
@@ -18,6 +19,11 @@ from typing import Final
 _PACKAGE: Final = os.path.dirname(__file__)
 _LIST: Final = os.path.join(_PACKAGE, "compiled.txt")  # written when all of them are there
 VARIABLE: Final = "PVIRQ_COMPILED"
+
+
+@cache
+def _finder(place: str) -> FileFinder:
+    return FileFinder(place, (SourceFileLoader, [".py"]))
 
 
 class _Sources:
@@ -29,7 +35,7 @@ class _Sources:
         if not fullname.startswith("pvirq.") or path is None:
             return None
         for place in path:
-            found = FileFinder(place, (SourceFileLoader, [".py"])).find_spec(fullname)
+            found = _finder(place).find_spec(fullname)
             if found is not None:
                 return found
         return None
@@ -45,8 +51,8 @@ def choose() -> None:
     except OSError:
         return
     with open(_LIST) as file:
-        compiled = file.read().split()
-    for path in compiled:
+        paths = file.read().split()
+    for path in paths:
         source = os.path.join(_PACKAGE, os.pardir, path)
         if not os.path.exists(source) or os.path.getmtime(source) > made:
             sys.meta_path.insert(0, _Sources())
@@ -59,10 +65,8 @@ def choose() -> None:
             return
 
 
-def modules() -> list[str]:
-    """The modules that run as machine code here, of those that were imported."""
-    return sorted(
-        name
-        for name, module in sys.modules.items()
-        if name.startswith("pvirq.") and (getattr(module, "__file__", None) or "").endswith(".so")
-    )
+def count() -> int:
+    """How many modules there are that run as machine code."""
+    if any(isinstance(finder, _Sources) for finder in sys.meta_path):
+        return 0
+    return sum(name.endswith(".so") for _, _, names in os.walk(_PACKAGE) for name in names)

@@ -10,6 +10,7 @@ from typing import Final, NoReturn
 import click
 
 import pvirq
+from pvirq import machine_code
 from pvirq.cli.boot import boot, restore
 from pvirq.cli.cache import cache, fetch
 from pvirq.cli.campaign import campaign
@@ -38,8 +39,13 @@ Try:
 """
 
 
+def _version() -> str:
+    count = machine_code.count()
+    return "%(prog)s, version %(version)s" + (f" ({count} modules as machine code)" if count else "")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.version_option(pvirq.__version__, prog_name="pvirq")
+@click.version_option(pvirq.__version__, prog_name="pvirq", message=_version())
 def cli() -> None:
     """The Xen PV interrupt system in one process: boots unmodified Xen PV kernels, without Xen and without root."""
 

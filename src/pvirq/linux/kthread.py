@@ -16,13 +16,16 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from pvirq.linux.kernel import Kernel
+    from mypy_extensions import mypyc_attr
+
+from pvirq.linux.kernel import Kernel
 
 T = TypeVar("T")
 Body = Generator["Completion[Any]", Any, T]
 """What a thread is made of."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Completion(Generic[T]):
     """Something that will be done once, with a result or an error (struct completion)."""
 

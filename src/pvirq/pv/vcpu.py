@@ -327,7 +327,7 @@ class PvVcpu(GuestMemory):
             for register, value in zip(ARGUMENT_REGISTERS, rest.arguments, strict=False):
                 regs[register] = value & M64
             result, rip = number, rip - SYSCALL_LENGTH
-        except IndexError:
+        except (IndexError, OverflowError):  # of a number; which one is machine code's choice
             if number < len(self._hypercalls):
                 raise
             result = -Errno.ENOSYS
