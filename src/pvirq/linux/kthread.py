@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-if TYPE_CHECKING:
-    from mypy_extensions import mypyc_attr
+from mypy_extensions import mypyc_attr
 
-from pvirq.linux.kernel import Kernel
+if TYPE_CHECKING:
+    from pvirq.linux.kernel import Kernel
 
 T = TypeVar("T")
 Body = Generator["Completion[Any]", Any, T]
