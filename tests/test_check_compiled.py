@@ -1,4 +1,4 @@
-"""The reduced search as machine code finds what it finds as Python."""
+"""The search as machine code finds what it finds as Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import pvirq
-from pvirq.check import explore, reduction
+from pvirq.check import explore
+from pvirq.check.compiled import MODULES
 from pvirq.check.race import races
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,8 @@ PROGRAM = f"""
 import sys
 from pvirq.check import explore
 from pvirq.check.race import races
-print(sys.modules["pvirq.check.reduction"].__file__)
+for name in {MODULES!r}:
+    print(sys.modules["pvirq.check." + name].__file__)
 for name in {NAMES!r}:
     for fault in (True, False):
         result = explore(races()[name].model(fault))
@@ -47,19 +49,21 @@ def test_machine_code_finds_the_same(tmp_path: Path) -> None:
 
     done = run()
     assert done.returncode == 0, done.stderr
-    where, *found = done.stdout.splitlines()
-    assert where.startswith(str(package))
-    assert where.endswith(".so")
+    where, found = done.stdout.splitlines()[: len(MODULES)], done.stdout.splitlines()[len(MODULES) :]
+    assert all(each.startswith(str(package)) and each.endswith(".so") for each in where), where
     here = [explore(races()[name].model(fault)) for name in NAMES for fault in (True, False)]
     assert found == [f"{each.states} {each.steps} {each.complete} {each.failure}" for each in here]
     # What is compiled no longer fits its source: that is said, and the source is what runs.
-    source = package / "check" / "reduction.py"
-    later = source.stat().st_mtime + 3600
-    os.utime(source, (later, later))
-    done = run()
-    assert "is older than reduction.py and isn't used: `make compiled` again, or remove it" in done.stderr
-    assert done.stdout.splitlines() == [str(source), *found]
+    for number, module in enumerate(MODULES):
+        source = package / "check" / f"{module}.py"
+        before = source.stat()
+        os.utime(source, (before.st_mtime + 3600, before.st_mtime + 3600))
+        done = run()
+        assert f"is older than {module}.py and isn't used: `make compiled` again, or remove it" in done.stderr
+        assert done.stdout.splitlines() == [*where[:number], str(source), *where[number + 1 :], *found]
+        os.utime(source, (before.st_atime, before.st_mtime))
 
 
-def test_the_source_is_there() -> None:
-    assert Path(reduction.__file__).with_name("reduction.py").exists()
+def test_the_sources_are_there() -> None:
+    package = Path(pvirq.__file__).parent / "check"
+    assert all((package / f"{module}.py").exists() for module in MODULES)

@@ -8,4 +8,6 @@ cd "$2"
 log=$(mktemp)
 trap 'rm -rf "$log" build' EXIT
 rm -f pvirq/check/*.so
-"$mypyc" pvirq/check/reduction.py > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
+for module in freeze reduction; do
+    "$mypyc" "pvirq/check/$module.py" > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
+done

@@ -1,5 +1,6 @@
 """The checker: protocols between CPUs as small programs, and explorers of all their schedules (docs/check.md)."""
 
+from pvirq.check import compiled as _compiled  # noqa: F401 (before all others)
 from pvirq.check.cores import explore_all
 from pvirq.check.pct import PctResult, pct
 from pvirq.check.result import Failure, Result

@@ -1,4 +1,7 @@
-"""The reduced search: as machine code where there is some (`make compiled`) and it is of today, else as Python."""
+"""The checker's inner parts: as machine code where there is some (`make compiled`) and it is of today, else as Python.
+
+Python takes machine code before its source, however old it is. So this module looks before the others are imported.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,32 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from typing import Final
 
-from pvirq.check import reduction as _found
-
-__all__ = ["Circle", "Reduced"]
-
-
-def _stale(compiled: Path, source: Path) -> bool:
-    return compiled != source and source.exists() and source.stat().st_mtime > compiled.stat().st_mtime
+MODULES: Final = ("freeze", "reduction")  # tools/compiled.sh; each after those that it imports
 
 
-# Python takes machine code before its source, however old it is.
-_compiled = Path(_found.__file__)
-_source = _compiled.with_name("reduction.py")
-if _stale(_compiled, _source):
-    warnings.warn(
-        f"{_compiled} is older than {_source.name} and isn't used: `make compiled` again, or remove it",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    _spec = importlib.util.spec_from_file_location(_found.__name__, _source)
-    assert _spec is not None
-    assert _spec.loader is not None
-    _found = sys.modules[_found.__name__] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_found)
+def _refuse_stale() -> None:
+    """Load the source of each module whose machine code is older, and say so."""
+    for module in MODULES:
+        name = f"{__package__}.{module}"
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None or name in sys.modules:
+            continue
+        compiled = Path(found.origin)
+        source = compiled.with_name(f"{module}.py")
+        if compiled == source or not source.exists() or source.stat().st_mtime <= compiled.stat().st_mtime:
+            continue
+        warnings.warn(
+            f"{compiled} is older than {source.name} and isn't used: `make compiled` again, or remove it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        spec = importlib.util.spec_from_file_location(name, source)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
 
-Circle = _found.Circle
-Reduced = _found.Reduced
+
+_refuse_stale()

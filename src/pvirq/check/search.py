@@ -10,11 +10,14 @@ import gc
 import time
 from collections.abc import Callable
 
-from pvirq.check.compiled import Circle, Reduced
 from pvirq.check.cycles import fair_cycle
+from pvirq.check.numbers import Full
+from pvirq.check.reduction import Circle, Reduced
 from pvirq.check.result import Failure, Result, Watch
 from pvirq.check.steps import End, Model
 from pvirq.check.system import Move, State, System, WildLock
+
+BITS = 16  # of a state's number, for each thread and variable: 8, 16, 32 or 64, and more where that turns out too few
 
 
 def explore(
@@ -37,16 +40,20 @@ def explore(
     watch = Watch(max_states, on_progress, on_end)
     try:
         system = System(model)
+        bits = BITS
         while True:
             system.strict = reduce
             try:
                 if reduce:
-                    Reduced(system, result, watch).run()
+                    Reduced(system, result, watch, bits).run()
                 else:
                     _plain(system, result, watch)
                 break
             except WildLock as lock:
                 system.tame(lock.args[0])
+                result = Result(reduced=reduce, notes=result.notes)
+            except Full:
+                bits *= 2
                 result = Result(reduced=reduce, notes=result.notes)
             except Circle:
                 reduce = False

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Generator, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 # A thread's program; a part of one, to be used with `yield from`, may return something.
@@ -67,7 +67,7 @@ class Step:
 
     def saying(self, text: str) -> Step:
         """The same step with a sentence for who reads a schedule: what it means, rather than what it touches."""
-        return replace(self, text=text)
+        return Step(self.kind, self.reads, self.writes, self.do, self.when, text, self.choices)
 
 
 @dataclass(eq=False)
