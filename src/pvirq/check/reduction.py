@@ -235,7 +235,7 @@ class Reduced:
     def _arrive(self, level: _Level, move: _Move, state: int) -> str | None:
         """A new state, after a move of a level: what can be done there, and what is wrong with it."""
         edges = level.edges.copy()
-        can, changes, process, threads = level.can, move.changes, level.process, self.threads
+        can, changes, process, threads, others = level.can, move.changes, level.process, self.threads, self.others
         if move.then is not None:
             edges[process] = move.then
         for each in range(threads):
@@ -246,7 +246,7 @@ class Reduced:
                 if found is None:
                     found = self._edge(stand, state)
                 edges[each] = found
-                can = can & self.others[each] | found.can
+                can = can & others[each] | found.can
                 if found.waits:
                     self._waits(level, found.touched)
         if len(edges) > threads:
@@ -256,7 +256,7 @@ class Reduced:
                 if found is None:
                     found = self._edge(stand, state)
                 edges[each] = found
-                can = can & self.others[each] | found.can
+                can = can & others[each] | found.can
         # Who touches nothing that others see goes first, and nobody need be tried in its place; otherwise who went.
         enabled = can >> 2 * threads
         first = can >> threads & self.all_threads or enabled & 1 << process or enabled
@@ -280,7 +280,7 @@ class Reduced:
         while waits:
             bit = waits & -waits
             waits ^= bit
-            summary |= self._known(edges[bit.bit_length() - 1].touched, depth).bits
+            summary |= edges[bit.bit_length() - 1].touched.bits  # known, since it was looked at in `_waits`
         new.summary = summary
         self.states += 1
         if self.states >= self.pause:
@@ -447,15 +447,12 @@ class Reduced:
     def _decode(self, summary: int) -> list[tuple[int, list[int]]]:
         """What the processes of a summary race: of each its indices of the table."""
         found: dict[int, list[int]] = {}
-        bits = self.bits
-        while summary:
-            bit = summary & -summary
-            summary ^= bit
-            process, index = bits[bit.bit_length() - 1]
-            if process in found:
-                found[process].append(index)
-            else:
-                found[process] = [index]
+        for (process, index), digit in zip(self.bits, f"{summary:b}"[::-1], strict=False):
+            if digit == "1":
+                if process in found:
+                    found[process].append(index)
+                else:
+                    found[process] = [index]
         return list(found.items())
 
     def _race(self, process: int, depth: int, happened: int) -> None:
@@ -537,9 +534,10 @@ class Reduced:
             if touched.barriers:
                 waiting = tuple([each | happened for each in waiting[touched.barriers :]])
             stores[touched.pop] = waiting
+        unordered = happened ^ (here | here - 1)
         for index in touched.marks:
-            latest = table[index]
-            table[index] = latest ^ latest & happened | here
+            left = table[index] & unordered  # nearly always none
+            table[index] = left | here if left else here
         for index in touched.sets:
             table[index] = happened
         for index in touched.joins:
