@@ -154,7 +154,15 @@ class Reduced:
         self.places: dict[Place, _Edge] = {}
         self.touches: dict[Touch, _Touched] = {}
         self.decoded: dict[int, list[tuple[int, list[int]]]] = {}  # summaries
-        self.looking: dict[int, list[int]] = {}  # buffers that look at what changes
+        # Of each thread: the fields that its stores are in; of a level's `can` what others have; and what its buffers
+        # have, by what is in these fields.
+        self.stores = [0] * system.threads
+        self.others_stores = [all_can] * system.threads
+        self.flushed: list[dict[int, int]] = [{} for _ in range(system.threads)]
+        for process, buffer in enumerate(system.buffers, system.threads):
+            self.stores[buffer.thread] = self.numbers.fields([buffer.slot])
+            self.others_stores[buffer.thread] &= self.others[process]
+        self.stored: dict[int, list[int]] = {}  # the threads whose stores change, by what changes
         self.nothing = _Edge(_Stand(0, 0, 0, None), 0, [], self._touched(system.ended.touch), 0, False)
         self.way: list[_Level] = []  # and what is left of the longest so far
         self.depth = -1  # of the state that is being searched
@@ -250,13 +258,17 @@ class Reduced:
                 if found.waits:
                     self._waits(level, found.touched)
         if len(edges) > threads:
-            for each in self._looking(changes):
+            for each in self._stored(changes):
+                can = can & self.others_stores[each] | self._flushed(each, state)
+            flushed = can >> 3 * threads
+            while flushed:
+                bit = flushed & -flushed
+                flushed ^= bit
+                each = threads + bit.bit_length() - 1
                 stand = edges[each].stand
-                found = stand.edges.get(state & stand.fields)
-                if found is None:
-                    found = self._edge(stand, state)
-                edges[each] = found
-                can = can & others[each] | found.can
+                if stand.look & changes:
+                    found = stand.edges.get(state & stand.fields)
+                    edges[each] = self._edge(stand, state) if found is None else found
         # Who touches nothing that others see goes first, and nobody need be tried in its place; otherwise who went.
         enabled = can >> 2 * threads
         first = can >> threads & self.all_threads or enabled & 1 << process or enabled
@@ -403,15 +415,26 @@ class Reduced:
         accesses.new.clear()
         return touched
 
-    def _looking(self, mask: int) -> list[int]:
-        """The buffers that look at what has changed."""
-        looking = self.looking.get(mask)
-        if looking is None:
-            system = self.system
-            looking = self.looking[mask] = [
-                system.threads + number for number, buffer in enumerate(system.buffers) if buffer.look & mask
-            ]
-        return looking
+    def _stored(self, changes: int) -> list[int]:
+        """The threads whose buffers change."""
+        stored = self.stored.get(changes)
+        if stored is None:
+            slots = [(buffer.thread, buffer.slot) for buffer in self.system.buffers]
+            stored = self.stored[changes] = sorted({thread for thread, slot in slots if changes >> slot & 1})
+        return stored
+
+    def _flushed(self, thread: int, state: int) -> int:
+        """Of a level's `can`, those of a thread's buffers that have a store which may become visible."""
+        key = state & self.stores[thread]
+        flushed = self.flushed[thread].get(key)
+        if flushed is None:
+            system, values = self.system, self.numbers.state(state)
+            flushed = self.flushed[thread][key] = sum(
+                self._can(self.threads + number, False, False, True)
+                for number, buffer in enumerate(system.buffers)
+                if buffer.thread == thread and system.flushes(values, buffer)
+            )
+        return flushed
 
     # -- races -----------------------------------------------------------------------------------------------------
 
