@@ -40,8 +40,8 @@ class _Touched:
     """What is done where a move touches what it touches: indices of the table, and bits of a summary."""
 
     __slots__ = (
-        "after", "barriers", "bits", "checks", "drained", "joins", "known", "marks", "pop", "position",
-        "process", "push", "sets", "touch",
+        "after", "barriers", "bits", "buffered", "checks", "drained", "joins", "known", "marks", "pop", "position",
+        "process", "push", "sets", "stores", "touch",
     )  # fmt: skip
 
     def __init__(self, touch: Touch) -> None:
@@ -58,7 +58,9 @@ class _Touched:
         self.pop = -1  # the thread out of whose buffer it takes one,
         self.position = 0  # from here,
         self.barriers = 0  # and so many barriers
-        self.drained = -1  # it happens after what came out of that buffer
+        self.drained = -1  # it happens after what came out of its buffer
+        self.buffered = False  # there is something of these that it happens after,
+        self.stores = False  # or that changes what is in a buffer
 
 
 class _Stand:
@@ -146,6 +148,7 @@ class Reduced:
         self.accesses = Accesses(system)
         self.bits = self.accesses.bits
         self.threads = system.threads
+        self.each_thread = list(range(system.threads))
         self.all_threads = (1 << system.threads) - 1
         all_can = (1 << 2 * system.threads + system.processes) - 1
         self.others = [all_can & ~self._can(each, True, True, True) for each in range(system.processes)]
@@ -163,7 +166,8 @@ class Reduced:
             self.stores[buffer.thread] = self.numbers.fields([buffer.slot])
             self.others_stores[buffer.thread] &= self.others[process]
         self.stored: dict[int, list[int]] = {}  # the threads whose stores change, by what changes
-        self.nothing = _Edge(_Stand(0, 0, 0, None), 0, [], self._touched(system.ended.touch), 0, False)
+        self.no_moves: list[_Move] = []
+        self.nothing = _Edge(_Stand(0, 0, 0, None), 0, self.no_moves, self._touched(system.ended.touch), 0, False)
         self.way: list[_Level] = []  # and what is left of the longest so far
         self.depth = -1  # of the state that is being searched
         self.root = [0] * self.accesses.size  # the table before all moves
@@ -188,19 +192,21 @@ class Reduced:
         level = way[0] if way else _Level(0, self.nothing)
         while wrong is None and not self.enough:
             # The next move of this state.
-            if level.chosen == len(level.moves):
-                if level.left:
-                    self._take(level)
-                else:
-                    summary = self._leave(level)
+            chosen, moves = level.chosen, level.moves
+            if chosen == len(moves):
+                if not level.left:
+                    self._leave(level)
                     if self.depth < 0:
                         self.result.complete = True
                         return
+                    summary = level.summary
                     level = way[self.depth]
                     level.summary |= summary
                     continue
-            move = level.moves[level.chosen]
-            level.chosen += 1
+                moves = self._take(level)
+                chosen = 0
+            move = moves[chosen]
+            level.chosen = chosen + 1
             self.steps += 1
             # Where it leads.
             state = level.state & move.keep | move.put
@@ -242,11 +248,11 @@ class Reduced:
 
     def _arrive(self, level: _Level, move: _Move, state: int) -> str | None:
         """A new state, after a move of a level: what can be done there, and what is wrong with it."""
-        edges = level.edges.copy()
         can, changes, process, threads, others = level.can, move.changes, level.process, self.threads, self.others
+        edges = level.edges.copy()
         if move.then is not None:
             edges[process] = move.then
-        for each in range(threads):
+        for each in self.each_thread:
             edge = edges[each]
             if edge.look & changes:
                 stand = edge.stand
@@ -273,10 +279,11 @@ class Reduced:
         enabled = can >> 2 * threads
         first = can >> threads & self.all_threads or enabled & 1 << process or enabled
         first &= -first
-        depth = self.depth = self.depth + 1
-        if depth == len(self.way):
-            self.way.append(_Level(depth, self.nothing))
-        new = self.way[depth]
+        depth, way = self.depth + 1, self.way
+        self.depth = depth
+        if depth == len(way):
+            way.append(_Level(depth, self.nothing))
+        new = way[depth]
         new.state = state
         new.edges = edges
         new.can = can
@@ -285,7 +292,7 @@ class Reduced:
         new.stores = level.stores_after
         new.todo = new.left = first
         new.process = -1
-        new.moves = self.nothing.moves
+        new.moves = self.no_moves
         new.chosen = 0
         summary = 0
         waits = can & self.all_threads
@@ -304,8 +311,8 @@ class Reduced:
             self.saturated |= new.here
         return None
 
-    def _leave(self, level: _Level) -> int:
-        """All that is below a state is searched: its summary."""
+    def _leave(self, level: _Level) -> None:
+        """All that is below a state is searched."""
         here = level.here
         todo = level.todo
         if todo:
@@ -318,7 +325,6 @@ class Reduced:
                 self.has[bit.bit_length() - 1] ^= here
         self.met[level.state] = level.summary
         self.depth -= 1
-        return level.summary
 
     def _wrong(self, move: _Move, state: int) -> str | None:
         """What a thread says, or the invariant that doesn't hold."""
@@ -349,7 +355,7 @@ class Reduced:
 
     def _bare(self, stand: _Stand) -> _Edge:
         """A process stands there, and hasn't looked what it can do."""
-        return _Edge(stand, -1, self.nothing.moves, self.nothing.touched, 0, False)
+        return _Edge(stand, -1, self.no_moves, self.nothing.touched, 0, False)
 
     def _at(self, process: int, place: Place) -> _Edge:
         bare = self.places.get(place)
@@ -399,7 +405,8 @@ class Reduced:
             touched.joins.append(accesses.drained + touched.pop)
         if touch.fence:
             touched.drained = accesses.drained + touch.process
-            touched.after.append(touched.drained)
+        touched.buffered = touch.fence or touch.pop is not None
+        touched.stores = touch.push or touch.pop is not None
         touched.known = True
         # The moves so far, as if they had known what is new in the table.
         levels = self.way[:taken]
@@ -513,61 +520,64 @@ class Reduced:
             added ^= bit
             self.has[bit.bit_length() - 1] |= level.here
 
-    def _take(self, level: _Level) -> None:
-        """Go on with the next process of a level: what its moves race, what they touch, and what happened before."""
-        here = level.here
+    def _take(self, level: _Level) -> list[_Move]:
+        """The moves of the next process of a level: what they race, what they touch, and what happened before."""
+        here, moved = level.here, self.moved
         if level.process >= 0:
-            self.moved[level.process] ^= here
-        bit = level.left & -level.left
-        level.left ^= bit
-        process = bit.bit_length() - 1
-        self.moved[process] ^= here
+            moved[level.process] ^= here
+        left = level.left
+        bit = left & -left
+        level.left = left ^ bit
+        process = level.process = bit.bit_length() - 1
+        moved[process] ^= here
         edge = level.edges[process]
-        touched = edge.touched
+        touched = level.touched = edge.touched
         if not touched.known:
             self._known(touched, self.depth)
-        level.process = process
-        level.touched = touched
-        level.moves = edge.moves
-        level.chosen = 0
         level.summary |= touched.bits
-        table = level.table.copy()
+        table = level.after = level.table.copy()
         happened = table[process]
+        if touched.buffered:
+            happened |= self._stored_before(level, touched)
         found = 0
         for index in touched.checks:
             found |= table[index]
         if found:
-            before = happened
-            if touched.drained >= 0:
-                before |= table[touched.drained]
-            if touched.pop >= 0:
-                before |= level.stores[touched.pop][touched.position]
-            found &= ~before
-            if found:
-                self._race(process, found.bit_length() - 1, before)
+            found &= ~happened
+            depth = found.bit_length() - 1
+            if found and not self.has[process] >> depth & 1:
+                self._race(process, depth, happened)
         happened |= here
         for index in touched.after:
             happened |= table[index]
-        stores = level.stores
-        if touched.pop >= 0:
-            stores = stores.copy()
-            waiting = stores[touched.pop]
-            happened |= waiting[touched.position]
-            waiting = waiting[: touched.position] + waiting[touched.position + 1 :]
-            if touched.barriers:
-                waiting = tuple([each | happened for each in waiting[touched.barriers :]])
-            stores[touched.pop] = waiting
         unordered = happened ^ (here | here - 1)
         for index in touched.marks:
-            left = table[index] & unordered  # nearly always none
-            table[index] = left | here if left else here
+            latest = table[index] & unordered  # nearly always none
+            table[index] = latest | here if latest else here
         for index in touched.sets:
             table[index] = happened
         for index in touched.joins:
             table[index] |= happened
         table[process] = happened
-        if touched.push >= 0:
-            stores = stores.copy()
+        level.stores_after = self._store(level, touched, happened) if touched.stores else level.stores
+        level.moves = edge.moves
+        return edge.moves
+
+    def _stored_before(self, level: _Level, touched: _Touched) -> int:
+        """What happened before a move because of a buffer: its store, or all that had to leave it."""
+        if touched.pop >= 0:
+            return level.stores[touched.pop][touched.position]
+        return level.table[touched.drained]
+
+    def _store(self, level: _Level, touched: _Touched, happened: int) -> list[tuple[int, ...]]:
+        """What a move, before which these happened, leaves in the buffers."""
+        stores = level.stores.copy()
+        if touched.pop >= 0:
+            left = stores[touched.pop]
+            left = left[: touched.position] + left[touched.position + 1 :]
+            if touched.barriers:
+                left = tuple([each | happened for each in left[touched.barriers :]])
+            stores[touched.pop] = left
+        else:
             stores[touched.push] = (*stores[touched.push], happened)
-        level.after = table
-        level.stores_after = stores
+        return stores
