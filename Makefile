@@ -5,7 +5,7 @@
 # make bench   the benchmarks: medians, and bench.json
 # make bench-xen     the devices' benchmarks on pvirq and on real Xen in QEMU, side by side (docs/benchmarks.md)
 # make crossing    the guests' machine code, where crossing.c has changed (src/pvirq/engine)
-# make compiled    the checker's search as machine code (mypyc, gcc): optional, 1.7 times as fast
+# make compiled    the checker's search as machine code (mypyc, gcc): optional, about twice as fast
 # make clean   take away what the others made here (the cache of kernels stays)
 
 BIN := .venv/bin

@@ -8,6 +8,7 @@ found by `state & fields`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import getitem
 from struct import Struct
 from typing import Any, Final
 
@@ -49,4 +50,4 @@ class Numbers:
 
     def state(self, number: int) -> State:
         fields = self._fields.unpack(number.to_bytes(self._fields.size, "little"))
-        return tuple([values[field] for values, field in zip(self._values, fields, strict=True)])
+        return tuple(map(getitem, self._values, fields))
