@@ -424,6 +424,31 @@ def test_schedules_are_counted_exactly() -> None:
     assert count_schedules(model) is None
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_variable_may_have_more_values_than_the_search_is_prepared_for(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model() -> tuple[Model, Var]:
+        model = Model(order)
+        word = model.var("x", coherent=True)
+
+        def thread(steps: int) -> Thread:
+            for _ in range(steps):
+                yield word.add(1)
+
+        model.thread("a", thread, 300)
+        model.thread("b", thread, 2)
+        return model, word
+
+    wide = explore(model()[0])
+    monkeypatch.setattr("pvirq.check.search.BITS", 8)
+    made, word = model()
+    ends = []
+    result = explore(made, on_end=lambda end: ends.append(end[word]))
+    assert ends == [302]
+    assert (result.states, result.steps, result.complete, result.notes) == (wide.states, wide.steps, True, wide.notes)
+
+
 def test_the_same_model_is_searched_the_same_way_each_time() -> None:
     first, second = (explore(philosophers(3, left_handed=False)) for _ in range(2))
     assert (first.failure, first.states, first.steps) == (second.failure, second.states, second.steps)

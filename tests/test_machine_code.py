@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import pvirq
+from pvirq.check import explore
+from pvirq.check.race import races
 from pvirq.toolstack import modules
 from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
@@ -23,6 +25,16 @@ import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import te
 from pvirq import machine_code
 print(machine_code.count() > 0)
 print(repr(test.run(Path(sys.argv[2]), sys.stdin.buffer.read(), 1)))
+"""
+RACES = ("fifo-array-order", "fifo-busy-port", "poll-barrier", "close-dying-peer", "qlock-wait-nested")
+EXPLORE = f"""
+from pvirq.check import explore, freeze, reduction
+from pvirq.check.race import races
+print(freeze.__file__[-3:], reduction.__file__[-3:])
+for name in {RACES!r}:
+    for fault in (True, False):
+        result = explore(races()[name].model(fault))
+        print(result.states, result.steps, result.complete, result.failure)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +90,13 @@ def test_transcripts_of_real_xen(place: Path) -> None:
     """Small kernels that ask for all sorts of things, most of them wrong, hear what real Xen answered."""
     tests = "tests/test_guests.py", "tests/test_evtchn_truth.py"
     assert " passed" in python(place, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+
+
+def test_the_checker_finds_the_same(place: Path) -> None:
+    where, *found = python(place, "-c", EXPLORE).splitlines()
+    assert where == ".so .so"
+    here = [explore(races()[name].model(fault)) for name in RACES for fault in (True, False)]
+    assert found == [f"{each.states} {each.steps} {each.complete} {each.failure}" for each in here]
 
 
 def test_a_source_that_has_changed(place: Path) -> None:

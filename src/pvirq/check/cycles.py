@@ -12,7 +12,7 @@ from pvirq.check.system import Move, State, System
 
 def fair_cycle(system: System, edges: dict[State, list[Move]]) -> tuple[str, tuple[tuple[int, int], ...]] | None:
     """What goes on for ever, and the schedule that leads there and once around; None if there is nothing."""
-    for component in _components(system, edges):
+    for component in _components(edges):
         inside = set(component)
         always = ~0
         moving = 0
@@ -33,42 +33,46 @@ def fair_cycle(system: System, edges: dict[State, list[Move]]) -> tuple[str, tup
     return None
 
 
-def _components(system: System, edges: dict[State, list[Move]]) -> list[list[State]]:
-    """Strongly connected components (Tarjan's), those with a circle in them."""
-    index: dict[State, int] = {}
-    low: dict[State, int] = {}
-    stack: list[State] = []
-    on_stack: set[State] = set()
+def _components(edges: dict[State, list[Move]]) -> list[list[State]]:
+    """Strongly connected components (Tarjan's), those with a circle in them. The first state leads to all."""
+    states = list(edges)
+    numbers = {state: number for number, state in enumerate(states)}
+    following = [[numbers[after] for _, after in moves] for moves in edges.values()]
+    index = [-1] * len(states)
+    low = [0] * len(states)
+    met = 0
+    stack: list[int] = []
+    on_stack = [False] * len(states)
     found = []
-    work: list[tuple[State, int]] = [(system.initial, 0)]
+    work = [(0, 0)]
     while work:
-        state, position = work.pop()
+        number, position = work.pop()
+        afters = following[number]
         if position == 0:
-            index[state] = low[state] = len(index)
-            stack.append(state)
-            on_stack.add(state)
-        moves = edges[state]
-        if position and moves[position - 1][1] in on_stack:
-            low[state] = min(low[state], low[moves[position - 1][1]])
-        for at in range(position, len(moves)):
-            after = moves[at][1]
-            if after not in index:
-                work.append((state, at + 1))
+            index[number] = low[number] = met
+            met += 1
+            stack.append(number)
+            on_stack[number] = True
+        elif on_stack[afters[position - 1]]:
+            low[number] = min(low[number], low[afters[position - 1]])
+        for at in range(position, len(afters)):
+            after = afters[at]
+            if index[after] < 0:
+                work.append((number, at + 1))
                 work.append((after, 0))
                 break
-            if after in on_stack:
-                low[state] = min(low[state], index[after])
+            if on_stack[after]:
+                low[number] = min(low[number], index[after])
         else:
-            if low[state] == index[state]:
+            if low[number] == index[number]:
                 component = []
-                while True:
+                last = -1
+                while last != number:
                     last = stack.pop()
-                    on_stack.discard(last)
+                    on_stack[last] = False
                     component.append(last)
-                    if last is state or last == state:
-                        break
-                if len(component) > 1 or any(move[1] == state for move in moves):
-                    found.append(component)
+                if len(component) > 1 or number in afters:
+                    found.append([states[each] for each in component])
     return found
 
 

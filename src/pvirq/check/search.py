@@ -10,11 +10,14 @@ import gc
 import time
 from collections.abc import Callable
 
-from pvirq.check.compiled import Circle, Reduced
 from pvirq.check.cycles import fair_cycle
+from pvirq.check.numbers import Full
+from pvirq.check.reduction import Circle, Reduced
 from pvirq.check.result import Failure, Result, Watch
 from pvirq.check.steps import End, Model
 from pvirq.check.system import Move, State, System, WildLock
+
+BITS = 16  # of a state's number, for each thread and variable: 8, 16, 32 or 64, and more where that turns out too few
 
 
 def explore(
@@ -37,16 +40,20 @@ def explore(
     watch = Watch(max_states, on_progress, on_end)
     try:
         system = System(model)
+        bits = BITS
         while True:
             system.strict = reduce
             try:
                 if reduce:
-                    Reduced(system, result, watch).run()
+                    Reduced(system, result, watch, bits).run()
                 else:
                     _plain(system, result, watch)
                 break
             except WildLock as lock:
                 system.tame(lock.args[0])
+                result = Result(reduced=reduce, notes=result.notes)
+            except Full:
+                bits *= 2
                 result = Result(reduced=reduce, notes=result.notes)
             except Circle:
                 reduce = False
@@ -107,43 +114,52 @@ def choice_of(moves: list[Move], position: int) -> tuple[int, int]:
 def _plain(system: System, result: Result, watch: Watch) -> None:
     """Every move of every state, once."""
     edges: dict[State, list[Move]] = {}
-    path: list[tuple[list[Move], int]] = []  # moves of a state, and which is being searched
-    on_path: set[State] = set()
-    ways: list[State] = []
+    way: list[State] = []
+    left: list[list[Move]] = []  # of each state on the way, its moves,
+    taken: list[int] = []  # and which is being searched
+    on_way: set[State] = set()
+    steps = 0
+    pause = watch.next(result)  # at so many states
     state = system.initial
     while True:
         # A new state.
-        moves = system.moves(state)
-        edges[state] = moves
+        moves = edges[state] = system.moves(state)
         result.states += 1
-        result.deepest = max(result.deepest, len(path))
+        result.steps = steps
+        result.deepest = max(result.deepest, len(way))
         wrong = system.broken(state)
         if not moves:
             wrong = watch.end(system, state, result) if wrong is None else wrong
         if wrong is not None:
-            result.failure = Failure(wrong, tuple(choice_of(*each) for each in path))
+            result.failure = Failure(wrong, tuple(map(choice_of, left, taken)))
             return
-        if watch.arrived(result):
-            return
-        on_path.add(state)
-        ways.append(state)
-        path.append((moves, -1))
+        if result.states >= pause:
+            if watch.arrived(result):
+                return
+            pause = watch.next(result)
+        on_way.add(state)
+        way.append(state)
+        left.append(moves)
+        taken.append(-1)
         # The next move that leads to another one.
-        while path:
-            moves, position = path.pop()
-            position += 1
+        while way:
+            moves = left[-1]
+            position = taken[-1] + 1
             if position == len(moves):
-                on_path.discard(ways.pop())
+                on_way.discard(way.pop())
+                left.pop()
+                taken.pop()
                 continue
-            path.append((moves, position))
-            result.steps += 1
+            taken[-1] = position
+            steps += 1
             state = moves[position][1]
             if state not in edges:
                 break
-            if state in on_path:
+            if state in on_way:
                 result.cyclic = True
         else:
             break
+    result.steps = steps
     if result.cyclic:
         found = fair_cycle(system, edges)
         if found is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Generator, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 # A thread's program; a part of one, to be used with `yield from`, may return something.
@@ -38,6 +38,8 @@ class Kind(enum.Enum):
     RMB = "rmb"
     LOCAL = "local"  # touches nothing that others see
 
+    __hash__ = object.__hash__  # an Enum's own is Python code
+
 
 class Broken(Exception):
     """A property doesn't hold: raised by a model's thread (`fail`), and by an explorer that met it."""
@@ -48,9 +50,9 @@ def fail(message: str) -> None:
     raise Broken(message)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: models make them all the time, and that would take twice as long
 class Step:
-    """One indivisible action of a thread.
+    """One indivisible action of a thread. It isn't changed once it is made.
 
     `do` is given the values of `reads`, in their order, and returns the new values of `writes` and the step's result.
     It is called again and again: it must be a function of its arguments alone. `when` is given the same values and
@@ -67,7 +69,7 @@ class Step:
 
     def saying(self, text: str) -> Step:
         """The same step with a sentence for who reads a schedule: what it means, rather than what it touches."""
-        return replace(self, text=text)
+        return Step(self.kind, self.reads, self.writes, self.do, self.when, text, self.choices)
 
 
 @dataclass(eq=False)

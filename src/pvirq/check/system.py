@@ -152,11 +152,16 @@ class System:
             stands.edges[key] = edge
             return edge
 
+    def flushes(self, state: State, buffer: Buffer) -> bool:
+        """Whether a buffer has a store that may become visible. It hangs on the thread's stores alone."""
+        return self._order.first(buffer, state[buffer.slot]) >= 0
+
     def moves(self, state: State) -> list[Move]:
         """All moves that can be taken, in the order of processes, then of choices."""
         found = []
-        for process in range(self.processes):
-            for changes, _, _ in self.edge(state, process).moves:
+        for process, stands in enumerate((*state[: self.threads], *self.buffers)):
+            edge = stands.edges.get(stands.key(state)) or self.edge(state, process)
+            for changes, _, _ in edge.moves:
                 found.append((process, apply(state, changes)))
         return found
 
@@ -369,6 +374,10 @@ class Sequential:
     def edge(self, state: State, thread: int) -> Edge:
         return self._now(state, thread, ())
 
+    def first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
+        """The position of the store that may become visible; -1: there is none."""
+        raise NotImplementedError
+
     def flush(self, state: State, buffer: Buffer) -> Edge:
         raise NotImplementedError
 
@@ -496,7 +505,7 @@ class Tso(Sequential):
 
     def flush(self, state: State, buffer: Buffer) -> Edge:
         stores: tuple[Entry, ...] = state[buffer.slot]
-        position = self._first(buffer, stores)
+        position = self.first(buffer, stores)
         if position < 0:
             return self.system.ended
         entry = stores[position]
@@ -522,8 +531,7 @@ class Tso(Sequential):
         """What a store to a variable adds to."""
         return {}
 
-    def _first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
-        """The position of the store that may become visible; -1: there is none."""
+    def first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
         return 0 if stores else -1
 
 
@@ -637,7 +645,7 @@ class Weak(Tso):
         old = dict(state[self.old + thread]).get(index, ()) if thing == index else ()
         return [each for each in (*old, value) if place.outcome((each,)) is not None]
 
-    def _first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
+    def first(self, buffer: Buffer, stores: tuple[Entry, ...]) -> int:
         for position, entry in enumerate(stores):
             if entry is None:
                 break

@@ -8,14 +8,14 @@ likes, and takes most steps by looking them up.
 
 from __future__ import annotations
 
-import enum
 import gc
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from operator import itemgetter
 from typing import Any
 
-from pvirq.check.steps import Broken, Kind, Lock, Model, Program, Step, Var
+from pvirq.check.freeze import frozen
+from pvirq.check.steps import Broken, Kind, Program, Step
 
 # What came of a step: the new values of what it writes, in that order, and the places that may come next (several: a
 # choice); None: it can't be taken yet.
@@ -120,7 +120,7 @@ class ThreadAutomaton:
         while isinstance(inner.gi_yieldfrom, types.GeneratorType):
             inner = inner.gi_yieldfrom
         place.line = f"{inner.gi_code.co_filename.rpartition('/')[2]}:{inner.gi_frame.f_lineno}"
-        key = frozen(generator, step)
+        key = frozen(generator, step, _HEAD)
         found = self._met(("history", history) if key is None else (key, held), place)
         if found is place:
             place.generator = generator
@@ -144,7 +144,7 @@ class ThreadAutomaton:
                 step = generator.send(value)
             except Exception as error:
                 raise self._changed(place) from error
-            if not isinstance(step, Step) or _shape(step) != _shape(place.step):
+            if not isinstance(step, Step) or place.step is None or not _alike(step, place.step):
                 raise self._changed(place)
         return generator
 
@@ -177,6 +177,22 @@ class ThreadAutomaton:
         return ModelError(f"{self._where(place)}: another step when it is run again; it keeps something outside")
 
 
+def _head() -> int:
+    """How much the collector's view of a suspended generator has before its local variables."""
+
+    def sample(first: object) -> Generator[None]:
+        yield
+
+    first = object()
+    generator: Any = sample(first)
+    next(generator)
+    _ = generator.gi_frame.f_locals
+    return [value is first for value in gc.get_referents(generator)].index(True)
+
+
+_HEAD = _head()
+
+
 # Locks that a thread has taken and not given back, as masks of their variables: as writer (or spinlock), as reader.
 Held = tuple[int, int]
 
@@ -194,8 +210,15 @@ def _held(held: Held, step: Step, before: tuple[Any, ...], after: tuple[Any, ...
     return writer & ~bit, reader & ~bit
 
 
-def _shape(step: Step | None) -> Hashable:
-    return step and (step.kind, step.reads, step.writes, step.text, step.choices)
+def _alike(step: Step, other: Step) -> bool:
+    """Whether two steps are the same, as far as can be told without their functions."""
+    return (
+        step.kind is other.kind
+        and step.reads == other.reads
+        and step.writes == other.writes
+        and step.text == other.text
+        and step.choices == other.choices
+    )
 
 
 def _assertion(error: BaseException) -> str:
@@ -206,85 +229,3 @@ def _assertion(error: BaseException) -> str:
     if traceback is None:
         return "an assertion fails"
     return f"the assertion at {traceback.tb_frame.f_code.co_filename.rpartition('/')[2]}:{traceback.tb_lineno} fails"
-
-
-class _Opaque(Exception):
-    """Nobody can tell what state is in it."""
-
-
-_PLAIN = (int, str, bytes, bool, float, type(None), types.CodeType, types.BuiltinFunctionType, type)
-_ITERATORS: list[Iterator[Any]] = [
-    iter(range(1)), iter(range(1 << 70)), iter([]), iter(()), iter(""), iter(dict.fromkeys(())),
-    reversed([]), enumerate([]), zip(),
-]  # fmt: skip
-_ITERATOR_TYPES = tuple(map(type, _ITERATORS))
-
-
-def frozen(generator: types.GeneratorType[Any, Any, Any], step: Step) -> Hashable | None:
-    """All that tells the state of a suspended generator from another of the same program; None: that can't be told.
-
-    What it computed may be in the step that it has yielded, and nowhere else.
-
-    The collector's view of a frame has what f_locals lacks: the interpreter's stack. (A `for` over a list is at a
-    position there; `f((yield a), (yield b))` keeps the first result there.) It has the local variables as well.
-    """
-    parts: list[Hashable] = [_shape(step)]
-    try:
-        parts += [_freeze(step.do), _freeze(step.when)]
-        inner: Any = generator
-        while inner is not None:
-            if not isinstance(inner, types.GeneratorType):
-                return None
-            frame: Any = inner.gi_frame
-            delegate = inner.gi_yieldfrom
-            variables = frame.f_locals
-            parts.append(frame.f_lasti)
-            parts.append(frame.f_code)
-            parts.append(tuple(variables))  # those that have a value: what it is comes below, in the same order
-            for value in gc.get_referents(inner):
-                if value is not frame and value is not delegate and value is not variables:
-                    parts.append(_freeze(value))
-            inner = delegate
-    except (_Opaque, RecursionError):
-        return None
-    return tuple(parts)
-
-
-def _freeze(value: Any) -> Hashable:
-    if isinstance(value, _PLAIN):
-        return (type(value), value) if isinstance(value, (bool, float)) else value
-    if isinstance(value, types.FunctionType):
-        # One that the thread itself defines is another at each run, and the same function.
-        if value.__closure__ is None and value.__defaults__ is None and value.__kwdefaults__ is None:
-            return value.__code__
-        parts = value.__defaults__, value.__kwdefaults__, value.__closure__
-        return (value.__code__, *map(_freeze, parts))
-    if isinstance(value, (list, tuple)):
-        return (type(value), *map(_freeze, value))
-    if isinstance(value, (set, frozenset)):
-        return (type(value), frozenset(map(_freeze, value)))
-    if isinstance(value, dict):
-        return (dict, *((_freeze(key), _freeze(entry)) for key, entry in value.items()))
-    if isinstance(value, _ITERATOR_TYPES):
-        return (type(value), _freeze(value.__reduce__()[1:]))
-    if isinstance(value, types.FunctionType):
-        if vars(value):
-            raise _Opaque
-        kept = (value.__closure__, value.__defaults__, value.__kwdefaults__)
-        return (value.__code__, value.__module__, *map(_freeze, kept))
-    if isinstance(value, types.MethodType):
-        return (types.MethodType, _freeze(value.__func__), _freeze(value.__self__))
-    if isinstance(value, types.CellType):
-        try:
-            return ("cell", _freeze(value.cell_contents))
-        except ValueError:
-            return "empty cell"
-    if isinstance(value, BaseException):
-        return (type(value), _freeze(value.args))
-    if isinstance(value, (Var, Lock, Step, Model, types.ModuleType, enum.Enum)):
-        return value  # what no thread changes
-    if getattr(type(value), "__hash__", None) is not object.__hash__ and isinstance(value, Hashable):
-        return value  # by its own idea of equality
-    if hasattr(value, "__dict__") and not hasattr(value, "__next__"):
-        return (type(value), _freeze(vars(value)))
-    raise _Opaque
