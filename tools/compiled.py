@@ -37,7 +37,7 @@ def main(place: Path) -> int:
         shutil.copytree(package, copy / "pvirq", ignore=shutil.ignore_patterns("__pycache__"))
         # Another pvirq, or its type checker's cache, would be in the way.
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-        command = [mypyc, "--config-file", ROOT / "pyproject.toml", *modules()]
+        command = [mypyc, "--config-file", ROOT / "mypy.ini", *modules()]
         done = subprocess.run(
             command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
