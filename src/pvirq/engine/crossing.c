@@ -50,6 +50,7 @@ enum { SEGMENT_KIND = 0xF0FF00, GRANULAR = 1 << 23 };
 enum { FLAT_CS32 = 0xE023, FLAT_CS64 = 0xE033, FLAT_SS = 0xE02B, VGCF_in_syscall = 1 << 8 };
 enum { STACK_SWITCH = 3, IRET = 23, SET_SEGMENT_BASE = 25 };
 enum { SEGBASE_FS, SEGBASE_GS_USER, SEGBASE_GS_KERNEL };
+enum { NOTED = 2 };
 #define XEN_START 0xFFFF800000000000ull
 #define XEN_END 0xFFFF880000000000ull
 #define LOWER_END (1ull << 47)
@@ -67,7 +68,7 @@ struct vcpu {
     u64 nmi_pending, nmi_masked;
     u64 iopl, architectural_iopl;
     u64 gdt;                    /* where the entries of the page table are that maps its GDT, of 16 pages */
-    u64 hypercalls;             /* nobody wants to be told of them */
+    u64 hypercalls;             /* nobody wants to be told of them; or, if NOTED, somebody does by way of notes.c */
     u64 fault_entry, fault_masks; /* of the trap table */
     u64 runstate_area;          /* where the guest wants the rest of this line: struct vcpu_runstate_info */
     u64 runstate, since, times[4];
@@ -103,6 +104,7 @@ struct cpu {
     u64 pages;                  /* flushes of one page; the last of them: */
     u64 page[PAGES];
     u64 done;                   /* what Python had nothing to do with */
+    struct calls *calls;        /* what is noted of its guest: see notes.c; 0: nothing */
 };
 
 #define E64(at) (*(u64 *)(env + (at)))
@@ -148,6 +150,8 @@ static u8 *translate(struct cpu *c, u64 root, u64 va, u64 wanted, u64 size)
         return NULL;
     return c->memory + ((entry & ADDRESS) | (va & 0xFFF));
 }
+
+#include "notes.c"
 
 static u64 flags(struct cpu *c)
 {
@@ -350,20 +354,19 @@ static int hypercall(struct cpu *c, struct vcpu *v, u64 number)
 
     if (!v->hypercalls || (u16)E32(CS_SELECTOR) != FLAT_CS64 || (info[0] && !info[1]))
         return 0;
+    if (number == SET_SEGMENT_BASE && (!canonical(second) || (u32)first > SEGBASE_GS_KERNEL))
+        return 0;
+    if (v->hypercalls == NOTED && !note_hypercall(c, v, number == STACK_SWITCH, first, second))
+        return 0;
     if (number == STACK_SWITCH) {
         v->kernel_ss = first | 3;
         v->kernel_sp = second;
+    } else if ((u32)first == SEGBASE_FS) {
+        E64(FS_BASE) = second;
+    } else if ((u32)first == SEGBASE_GS_USER) {
+        v->other_gs = second;
     } else {
-        if (!canonical(second))
-            return 0;
-        if ((u32)first == SEGBASE_FS)
-            E64(FS_BASE) = second;
-        else if ((u32)first == SEGBASE_GS_USER)
-            v->other_gs = second;
-        else if ((u32)first == SEGBASE_GS_KERNEL)
-            E64(GS_BASE) = second;
-        else
-            return 0;
+        E64(GS_BASE) = second;
     }
     REG(RAX) = 0;
     REG(RCX) = E64(EIP) + SYSCALL_LENGTH;

@@ -27,6 +27,7 @@ from pvirq.engine.crossing import (
     THERE,
     Crossing,
 )
+from pvirq.engine.notes import Calls, Site
 from pvirq.engine.protocol import (
     FLAG_DF,
     MANY_PAUSES,
@@ -226,7 +227,11 @@ class UnicornEngine:
         )
         self._hook(unicorn.UC_HOOK_INSN_INVALID, ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer)(invalid))
 
-    def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
+    @property
+    def calls(self) -> Calls | None:
+        return None if self._closed else self._crossing.calls
+
+    def watch(self, va: int, callback: Callable[[], None], site: Site | None = None) -> Callable[[], None]:
         # With bounds of one address only the block that is translated there calls the hook: all others are as ever.
         def reached(_uc: int, _va: int, _size: int, _data: int) -> None:
             try:
@@ -236,7 +241,13 @@ class UnicornEngine:
 
         pointer, lib = ctypes.c_void_p, self._state.lib
         raw = ctypes.CFUNCTYPE(None, pointer, ctypes.c_uint64, ctypes.c_uint32, pointer)(reached)
-        hook = self._hook(unicorn.UC_HOOK_CODE, raw, first=va, last=va)
+        if site is None:
+            hook = self._hook(unicorn.UC_HOOK_CODE, raw, first=va, last=va)
+        else:
+            site.ask(raw)
+            self._keep += [raw, site]
+            function = ctypes.c_void_p(site.function)
+            hook = self._hook(unicorn.UC_HOOK_CODE, function, first=va, last=va, data=site.address)
 
         def remove() -> None:
             # What was translated goes on calling into the list of hooks, so the callback itself stays until the end.

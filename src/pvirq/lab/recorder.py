@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pvirq.engine.notes import MOST_NOTES, NOTE_ITEMS, USED, Book
 from pvirq.lab.chunks import Chunks
-from pvirq.lab.lines import Shape, Shapes
+from pvirq.lab.lines import MOST_KEPT, Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
 from pvirq.xen.probes import Instrument, Once, Record, Tell, keep
 
@@ -82,6 +83,9 @@ class Recorder(Instrument):
         self._chunks = Chunks(hypervisor.clock.now(), self._shapes)
         self.events: list[Shape] = []
         self._values: list[Any] = []
+        self._book = Book.of(self.events, self._values)  # what engines note without Python
+        self._numbers: dict[Shape, int] = {}  # what those notes are
+        self._noted: list[int] = []  # those that were in the book
         self._calls: list[tuple[int, int, Shape]] = []  # hypercalls under way, several where they are a multicall's:
         # where they are in `events`, where their results are to be, and what they are when they have one
 
@@ -95,11 +99,40 @@ class Recorder(Instrument):
 
     def take(self) -> str:
         """The lines of what has happened since the last time."""
-        text = self._chunks.text(self.events, self._values)
+        self._empty_book()
+        events, values = self._merged() if self._noted else (self.events, self._values)
+        text = self._chunks.text(events, values)
         self.events.clear()
         self._values.clear()
         self._calls.clear()
         return text
+
+    def _empty_book(self) -> None:
+        if self._book is not None:
+            self._noted += self._book.take()
+
+    def _merged(self) -> tuple[list[Shape], list[Any]]:
+        """All that was recorded, with what was noted where it belongs."""
+        events: list[Shape] = []
+        values: list[Any] = []
+        event = value = 0
+        shapes, noted, ns = list(self._numbers), iter(self._noted), self._hypervisor.clock.ticks_to_ns
+        for event_behind, value_behind, number, ticks, first, second in zip(*[noted] * NOTE_ITEMS, strict=True):
+            events += self.events[event:event_behind]
+            values += self._values[value:value_behind]
+            event, value = event_behind, value_behind
+            shape = shapes[number]
+            events.append(shape)
+            values += (ns(ticks), first, second, 0)[: shape.takes]
+        events += self.events[event:]
+        values += self._values[value:]
+        self._noted.clear()
+        return events, values
+
+    @property
+    def unwritten(self) -> bool:
+        """Is there anything to `take`?"""
+        return bool(self.events or self._noted or (self._book is not None and self._book.used))
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -155,6 +188,20 @@ class Recorder(Instrument):
 
         return woken
 
+    @property
+    def book(self) -> Book | None:
+        return self._book
+
+    def number(self, record: Record) -> int | None:
+        """A hypercall's is that of one which returns 0."""
+        if record[0] == "hypercall":
+            shape = self._shapes.of_hypercall(record[1], record[2], len(record[3]))[1]
+        else:
+            shape = self._shapes.of(record, True)
+        if len(self._numbers) >= MOST_KEPT:
+            return self._numbers.get(shape)
+        return self._numbers.setdefault(shape, len(self._numbers))
+
     def _at_once(self, record: Record) -> bool:
         """Has no time passed since the last event, where a guest's execution is all that takes any?"""
         name = record[0]
@@ -180,18 +227,26 @@ class Recorder(Instrument):
 
     def _stopping(self, told: Once) -> Once:
         """A turn is over: the moment to look how much there is."""
-        events, on_full, full = self.events, self._on_full, FULL
+        events, full = self.events, FULL
+        book = (0,) if self._book is None else self._book.items
 
         def stop() -> None:
             told()
-            if len(events) > full:
-                on_full()
+            if len(events) > full or book[USED] > most:
+                self._filled()
 
+        most = MOST_NOTES // 2
         return stop
+
+    def _filled(self) -> None:
+        self._empty_book()
+        if len(self.events) + len(self._noted) > FULL:
+            self._on_full()
 
     def _time_passed(self, record: Record) -> None:
         if not self._at_once(record):
             self._put_time(self._hypervisor.clock.now())
+            self._filled()
 
     def _jumped(self, record: Record) -> None:
         self._put_time(record[1])

@@ -88,7 +88,7 @@ class Trace:
 
     def flush(self) -> None:
         """Make events of what was recorded, and write them to the file, if there is one."""
-        if self._recorder.events:
+        if self._recorder.unwritten:
             self._take(self._recorder.take())
 
     def _take(self, text: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
 from pvirq.abi.errno import XenError
+from pvirq.engine.protocol import NOTED, SHORT_HYPERCALLS
 from pvirq.pv.hypercalls.protocol import int32
-from pvirq.pv.irq_watch import NOTHING, IrqWatch
+from pvirq.pv.irq_watch import NOTHING, IrqWatch, Noting
 from pvirq.xen.probes import (
     BLOCKED,
     DOWN,
@@ -19,6 +20,7 @@ from pvirq.xen.probes import (
     YIELDED,
     Once,
     Probes,
+    Record,
     Tell,
     keep,
     nothing,
@@ -63,6 +65,8 @@ _EVTCHN_ARGUMENTS: Final = {
     event_channel.EVTCHNOP_expand_array: (event_channel.EVTCHN_EXPAND_ARRAY, 1),
     event_channel.EVTCHNOP_set_priority: (event_channel.EVTCHN_SET_PRIORITY, 2),
 }
+# What an engine may note by itself.
+_NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done")
 
 
 class ProbedGuest:
@@ -73,14 +77,35 @@ class ProbedGuest:
         self._irqs: IrqWatch | None = None
         self._watching = False
         self._told_hypercalls = False
+        self._noting = False
 
     def probe(self, probes: Probes) -> None:
         guest = self._guest
         put(guest, "run", self._told_run(probes) if probes.tells_turns else None)
-        self._probe_hypercalls(probes)
+        noting = self._begin_notes(probes)
+        self._probe_hypercalls(probes, noting)
         for cpu in guest.cpus:
             put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes))
-        self._probe_irqs(probes)
+        self._probe_irqs(probes, noting)
+
+    def _begin_notes(self, probes: Probes) -> Noting | None:
+        """Where there is one who wants notes, the engine makes them instead of calling."""
+        guest, one = self._guest, probes.noting(*_NOTED)
+        calls = guest.engine.calls if one is not None or self._noting else None
+        if calls is None:
+            return None
+        self._noting = one is not None
+        if one is None:
+            calls.end()
+            return None
+        calls.begin(one.book, guest.domain.evtchn.generation_at, [cpu.slot for cpu in guest.cpus])
+        wanted = one.hooks().keys()
+
+        def number(record: Record) -> int | None:
+            found = one.number(record) if record[0] in wanted else -1
+            return None if found is None else found + 1
+
+        return Noting(calls, number)
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
         guest = self._guest
@@ -119,7 +144,7 @@ class ProbedGuest:
 
     # -- hypercalls ----------------------------------------------------------------------------------------------------
 
-    def _probe_hypercalls(self, probes: Probes) -> None:
+    def _probe_hypercalls(self, probes: Probes, noting: Noting | None) -> None:
         told, done = probes.on_hypercall, probes.on_hypercall_done
         plain = table = self._guest.hypercalls
         if told is not None or done is not None:
@@ -130,11 +155,21 @@ class ProbedGuest:
         for cpu in self._guest.cpus:
             if table is not plain or self._told_hypercalls:
                 cpu.hypercalls = table
+                if noting is not None and table is not plain:
+                    self._note_hypercalls(cpu, noting)
         self._told_hypercalls = table is not plain
+
+    def _note_hypercalls(self, cpu: PvVcpu, noting: Noting) -> None:
+        """Those that the engine does by itself, it notes by itself."""
+        names = (_HYPERCALLS[number] for number in (xen.HYPERVISOR_stack_switch, xen.HYPERVISOR_set_segment_base))
+        stack_switch, segment_base = (noting.number(("hypercall", cpu.vcpu, name, (0, 0))) for name in names)
+        if stack_switch and segment_base:
+            noting.calls.note_hypercalls(cpu.slot, stack_switch, segment_base)
+            cpu.kept[SHORT_HYPERCALLS] = NOTED
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 
-    def _probe_irqs(self, probes: Probes) -> None:
+    def _probe_irqs(self, probes: Probes, noting: Noting | None) -> None:
         entry, leave, eoi = probes.on_irq_entry, probes.on_irq_exit, probes.on_eoi
         label = self._guest.domain.label
         if entry is None and leave is None and eoi is None:
@@ -150,7 +185,7 @@ class ProbedGuest:
                 return
             self._irqs = IrqWatch(self._guest, image)
         label.irqs = self._irqs.level
-        self._irqs.begin(entry or nothing, leave or nothing, eoi)
+        self._irqs.begin(entry or nothing, leave or nothing, eoi, noting)
         self._watching = True
 
 

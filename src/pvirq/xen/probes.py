@@ -84,6 +84,18 @@ class Instrument:
         """
         return None
 
+    @property
+    def book(self) -> Any:
+        """Where machine code may put down what comes again and again, without a call (`pvirq.engine.notes.Book`)."""
+        return None
+
+    def number(self, record: Record) -> int | None:
+        """What a record that will be told again and again is in the book; of hypercalls, without their arguments.
+
+        None: this one, and all that are like it, are to be told of after all.
+        """
+        return None
+
     def raised(self, vcpu: Vcpu, channel: Channel, outcome: str) -> None:
         """An event was raised on `channel`, towards `vcpu` of its domain; `outcome` is one of the five above.
 
@@ -150,7 +162,8 @@ class Instrument:
         """Virtual time has jumped to `now`, in ns; without a counter (modelled domains only) it has no other way."""
 
 
-_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed"))
+_NO_HOOKS: Final = ("hooks", "fixed", "book", "number")
+_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
 
 
 def _call(name: str, method: Callable[..., None]) -> Tell:
@@ -293,6 +306,11 @@ class Probes:
                 each()
 
         return tell if tells else say_nothing
+
+    def noting(self, *names: str) -> Instrument | None:
+        """The only instrument that wants any of these hooks, if it has a book."""
+        found = [instrument for instrument, hooks in self._hooks if not hooks.keys().isdisjoint(names)]
+        return found[0] if len(found) == 1 and found[0].book is not None else None
 
     @property
     def tells_turns(self) -> bool:
