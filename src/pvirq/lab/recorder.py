@@ -11,7 +11,7 @@ exits to the next, and stands still in those of modelled ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from pvirq.engine.notes import MOST_NOTES, NOTE_ITEMS, USED, Book
 from pvirq.lab.chunks import Chunks
 from pvirq.lab.lines import MOST_KEPT, Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
-from pvirq.xen.probes import Instrument, Once, Record, Tell, keep
+from pvirq.xen.probes import Call, Instrument, Once, Record, Tell, keep, nothing
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
@@ -86,8 +86,6 @@ class Recorder(Instrument):
         self._book = Book.of(self.events, self._values)  # what engines note without Python
         self._numbers: dict[Shape, int] = {}  # what those notes are
         self._noted: list[int] = []  # those that were in the book
-        self._calls: list[tuple[int, int, Shape]] = []  # hypercalls under way, several where they are a multicall's:
-        # where they are in `events`, where their results are to be, and what they are when they have one
 
     def begin(self) -> None:
         """From now on."""
@@ -104,7 +102,6 @@ class Recorder(Instrument):
         text = self._chunks.text(events, values)
         self.events.clear()
         self._values.clear()
-        self._calls.clear()
         return text
 
     def _empty_book(self) -> None:
@@ -140,8 +137,8 @@ class Recorder(Instrument):
         hooks: dict[str, Tell] = {}
         clock = self._hypervisor.clock
         own: dict[str, Tell] = {
-            "hypercall": self._hypercall(), "hypercall_done": self._hypercall_done(), "bound": self._bound,
-            "closed": self._closed, "jumped": self._jumped,
+            "hypercall": nothing, "hypercall_done": nothing,  # see `fixed_call`
+            "bound": self._bound, "closed": self._closed, "jumped": self._jumped,
         }  # fmt: skip
         for name in self._wanted:
             if name in own:
@@ -246,7 +243,8 @@ class Recorder(Instrument):
     def _time_passed(self, record: Record) -> None:
         if not self._at_once(record):
             self._put_time(self._hypervisor.clock.now())
-            self._filled()
+            if self._book is not None and self._book.used > MOST_NOTES // 2:
+                self._filled()
 
     def _jumped(self, record: Record) -> None:
         self._put_time(record[1])
@@ -265,34 +263,34 @@ class Recorder(Instrument):
         """Ctrl-C has come between an event and what belongs to it."""
         del self._values[sum(shape.takes for shape in self.events) :]
 
-    def _hypercall(self) -> Tell:
-        events, values, calls, now = self.events, self._values, self._calls, self._hypervisor.clock.now
-        of_hypercall = self._shapes.of_hypercall
+    def fixed_call(self, vcpu: Vcpu, name: str, arguments: int) -> Call | None:
+        """A hypercall is put down as one that returns 0, as most do; what it comes to instead is seen to afterwards."""
+        if "hypercall" not in self._wanted:
+            return None
+        append, put, now = self.events.append, self._values.extend, self._hypervisor.clock.now
+        without, done = self._shapes.of_hypercall(vcpu, name, arguments)
 
-        def told(record: Record) -> None:
-            _, vcpu, name, arguments = record
-            without, done = of_hypercall(vcpu, name, len(arguments))
+        def begin(arguments: Sequence[int]) -> None:
             try:
-                values.extend((now(), *arguments, 0))
-                events.append(without)
+                put((now(), *arguments, 0))
+                append(done)
             except BaseException:
                 self._realign()
                 raise
-            calls.append((len(events) - 1, len(values) - 1, done))
 
-        return told
+        return Call(begin, partial(self._end_call, without, done), False)
 
-    def _hypercall_done(self) -> Tell:
-        events, values, calls = self.events, self._values, self._calls
-
-        def told(record: Record) -> None:
-            if calls:  # else it began before the trace, or before its events were taken
-                event, result, done = calls.pop()
-                if record[3] is not None:
-                    values[result] = record[3]
-                    events[event] = done
-
-        return told
+    def _end_call(self, without: Shape, done: Shape, result: int | None) -> None:
+        events, value = self.events, len(self._values)
+        for at in range(len(events) - 1, -1, -1):
+            shape = events[at]
+            if shape is done:  # the last of its kind is the one under way, if it wasn't taken away meanwhile
+                if result is None:
+                    events[at] = without
+                else:
+                    self._values[value - 1] = result
+                return
+            value -= shape.takes
 
     def _rare(self) -> Tell:
         timed = self._hypervisor.clock.counts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
 from pvirq.abi.errno import XenError
 from pvirq.engine.protocol import NOTED, SHORT_HYPERCALLS
+from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import int32
 from pvirq.pv.irq_watch import NOTHING, IrqWatch, Noting
 from pvirq.xen.probes import (
@@ -18,10 +20,10 @@ from pvirq.xen.probes import (
     POLLING,
     SLICE,
     YIELDED,
+    Call,
     Once,
     Probes,
     Record,
-    Tell,
     keep,
     nothing,
     put,
@@ -65,6 +67,10 @@ _EVTCHN_ARGUMENTS: Final = {
     event_channel.EVTCHNOP_expand_array: (event_channel.EVTCHN_EXPAND_ARRAY, 1),
     event_channel.EVTCHNOP_set_priority: (event_channel.EVTCHN_SET_PRIORITY, 2),
 }
+_Operation = tuple[struct.Struct | None, int, Call, Call | None]
+"""Of an event channel operation what to read, and how much of that to tell; how to tell it, and how to tell where it
+can't be read."""
+
 # What an engine may note by itself.
 _NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done")
 
@@ -145,19 +151,19 @@ class ProbedGuest:
     # -- hypercalls ----------------------------------------------------------------------------------------------------
 
     def _probe_hypercalls(self, probes: Probes, noting: Noting | None) -> None:
-        told, done = probes.on_hypercall, probes.on_hypercall_done
-        plain = table = self._guest.hypercalls
-        if told is not None or done is not None:
-            table = [
-                (_told_hypercall(number, handler, told or nothing, done or nothing), arguments)
-                for number, (handler, arguments) in enumerate(table)
-            ]
+        plain = self._guest.hypercalls
+        told = probes.on_hypercall is not None or probes.on_hypercall_done is not None
         for cpu in self._guest.cpus:
-            if table is not plain or self._told_hypercalls:
-                cpu.hypercalls = table
-                if noting is not None and table is not plain:
+            if told:
+                cpu.hypercalls = [
+                    (_told_hypercall(number, handler, arguments, cpu, probes), arguments)
+                    for number, (handler, arguments) in enumerate(plain)
+                ]
+                if noting is not None and plain is HYPERCALLS:
                     self._note_hypercalls(cpu, noting)
-        self._told_hypercalls = table is not plain
+            elif self._told_hypercalls:
+                cpu.hypercalls = plain
+        self._told_hypercalls = told
 
     def _note_hypercalls(self, cpu: PvVcpu, noting: Noting) -> None:
         """Those that the engine does by itself, it notes by itself."""
@@ -203,44 +209,69 @@ def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
     return in_front
 
 
-def _told_hypercall(number: int, handler: Hypercall, told: Tell, done: Tell) -> Hypercall:
+def _told_hypercall(number: int, handler: Hypercall, arguments: int, cpu: PvVcpu, probes: Probes) -> Hypercall:
+    """What stands in front of a hypercall of one vCPU's."""
     name = _HYPERCALLS.get(number, f"hypercall {number}")
-    operations = _OPERATIONS.get(name)
-    calls = {command: f"{name}.{text}" for command, text in (operations or {}).items()}
-    events = operations is _EVTCHN
+    if name in _OPERATIONS:
+        return _told_operation(name, handler, arguments, cpu.vcpu, probes)
+    begin, end, if_zero = probes.fixed_call(cpu.vcpu, name, arguments)
 
     def in_front(cpu: PvVcpu, *arguments: int) -> int:
-        call, values = name, arguments
-        if operations is not None:
-            command = arguments[0] & 0xFFFFFFFF
-            call = calls.get(command) or f"{name}.{int32(command)}"
-            if events:
-                values = _evtchn_arguments(cpu, command, arguments[1])
-        told(("hypercall", cpu.vcpu, call, values))
+        begin(arguments)
         try:
             result = handler(cpu, *arguments)
         except XenError as error:
-            done(("hypercall_done", cpu.vcpu, call, -error.errno))
+            end(-error.errno)
             raise
         except BaseException:  # it stops in the middle, to go on later, or the guest has crashed
-            done(("hypercall_done", cpu.vcpu, call, None))
+            end(None)
             raise
-        done(("hypercall_done", cpu.vcpu, call, result))
+        if result or if_zero:
+            end(result)
         return result
 
     return in_front
 
 
-_EVTCHN: Final = _OPERATIONS["event_channel_op"]
+def _told_operation(name: str, handler: Hypercall, count: int, vcpu: Vcpu, probes: Probes) -> Hypercall:
+    """The same for one whose first argument says what it is to do."""
+    forms = _EVTCHN_ARGUMENTS if name == "event_channel_op" else {}
+    said: dict[int, _Operation] = {}
 
+    def operation(first: int) -> _Operation:
+        command = first & 0xFFFFFFFF
+        call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
+        if name != "event_channel_op":
+            return keep(said, (None, 0, probes.fixed_call(vcpu, call, count), None), first)
+        layout, values = forms.get(command, (None, 1))
+        address = probes.fixed_call(vcpu, call, 1)
+        told = address if values == 1 else probes.fixed_call(vcpu, call, values)
+        return keep(said, (layout, values, told, address), first)
 
-def _evtchn_arguments(cpu: PvVcpu, command: int, at: int) -> tuple[Any, ...]:
-    """What the struct of an event channel operation says; where it can't be read, its address."""
-    form = _EVTCHN_ARGUMENTS.get(command)
-    if form is None:
-        return (at,)
-    layout, count = form
-    try:
-        return layout.unpack(cpu.read(at, layout.size))[:count]
-    except XenError:
-        return (at,)
+    def in_front(cpu: PvVcpu, *arguments: int) -> int:
+        try:
+            layout, count, told, address = said[arguments[0]]
+        except KeyError:
+            layout, count, told, address = operation(arguments[0])
+        values: Sequence[int] = arguments
+        if address is not None:  # what the struct says of an event channel operation; where it can't be read, where
+            values = arguments[1:2]
+            try:
+                if layout is not None:
+                    values = layout.unpack(cpu.read(arguments[1], layout.size))[:count]
+            except XenError:
+                told = address
+        told.begin(values)
+        try:
+            result = handler(cpu, *arguments)
+        except XenError as error:
+            told.end(-error.errno)
+            raise
+        except BaseException:
+            told.end(None)
+            raise
+        if result or told.if_zero:
+            told.end(result)
+        return result
+
+    return in_front

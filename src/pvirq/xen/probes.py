@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
@@ -51,6 +51,14 @@ Once = Callable[[], object]
 """Tells one and the same record, each time that it is called (`Probes.fixed`)."""
 
 
+class Call(NamedTuple):
+    """Tells of one and the same hypercall, but for its arguments and result (`Probes.fixed_call`)."""
+
+    begin: Callable[[Sequence[int]], object]
+    end: Callable[[int | None], object]
+    if_zero: bool  # a result of 0 is told; else `begin` has taken it for granted
+
+
 class Action(Protocol):
     """A handler on an interrupt line (struct irqaction): its name in /proc/interrupts, and the function or its name."""
 
@@ -82,6 +90,10 @@ class Instrument:
 
         So that an instrument can have done beforehand what there is to do with it.
         """
+        return None
+
+    def fixed_call(self, vcpu: Vcpu, name: str, arguments: int) -> Call | None:
+        """What is to be called for a hypercall with so many arguments, likewise."""
         return None
 
     @property
@@ -162,7 +174,7 @@ class Instrument:
         """Virtual time has jumped to `now`, in ns; without a counter (modelled domains only) it has no other way."""
 
 
-_NO_HOOKS: Final = ("hooks", "fixed", "book", "number")
+_NO_HOOKS: Final = ("hooks", "fixed", "fixed_call", "book", "number")
 _HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
 
 
@@ -312,6 +324,27 @@ class Probes:
         found = [instrument for instrument, hooks in self._hooks if not hooks.keys().isdisjoint(names)]
         return found[0] if len(found) == 1 and found[0].book is not None else None
 
+    def fixed_call(self, vcpu: Vcpu, name: str, arguments: int) -> Call:
+        """What tells a hypercall, likewise."""
+        calls = [
+            instrument.fixed_call(vcpu, name, arguments) or _call_told(vcpu, name, hooks)
+            for instrument, hooks in self._hooks
+            if "hypercall" in hooks or "hypercall_done" in hooks
+        ]
+        if len(calls) == 1:
+            return calls[0]
+
+        def begin(arguments: Sequence[int]) -> None:
+            for call in calls:
+                call.begin(arguments)
+
+        def end(result: int | None) -> None:
+            for call in calls:
+                if result != 0 or call.if_zero:
+                    call.end(result)
+
+        return Call(begin, end, any(call.if_zero for call in calls))
+
     @property
     def tells_turns(self) -> bool:
         """Does anybody want to know whose turn it is, or who raises events?"""
@@ -445,6 +478,15 @@ def nothing(record: Record) -> None:
 
 def say_nothing() -> None:
     """The same where there is always the same record."""
+
+
+def _call_told(vcpu: Vcpu, name: str, hooks: Mapping[str, Tell]) -> Call:
+    told, done = hooks.get("hypercall", nothing), hooks.get("hypercall_done", nothing)
+    return Call(
+        lambda arguments: told(("hypercall", vcpu, name, arguments)),
+        lambda result: done(("hypercall_done", vcpu, name, result)),
+        True,
+    )
 
 
 def _told_init(domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Channel], None]:
