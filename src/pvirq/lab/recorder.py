@@ -143,7 +143,9 @@ class Recorder(Instrument):
         for name in self._wanted:
             if name in own:
                 hooks[name] = own[name]
-            elif name in ("unmasked", "created", "shut_down", "ended", "noted"):
+            elif name == "noted":
+                hooks[name] = self._noted_of(self._rare())
+            elif name in ("unmasked", "created", "shut_down", "ended"):
                 hooks[name] = self._rare()
             else:
                 hooks[name] = self._again()
@@ -291,6 +293,25 @@ class Recorder(Instrument):
                     self._values[value - 1] = result
                 return
             value -= shape.takes
+
+    def _noted_of(self, rare: Tell) -> Tell:
+        """A schedule's choices are many, and all alike."""
+        append, put, now = self.events.append, self._values.extend, self._hypervisor.clock.now
+        of_choice = self._shapes.of_choice
+
+        def told(record: Record) -> None:
+            _, kind, _, fields = record
+            if kind != "choice":
+                rare(record)
+                return
+            try:
+                put((now(), fields["n"], fields["of"], fields["took"]))
+                append(of_choice(fields["what"]))
+            except BaseException:
+                self._realign()
+                raise
+
+        return told
 
     def _rare(self) -> Tell:
         timed = self._hypervisor.clock.counts

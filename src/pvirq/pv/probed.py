@@ -71,6 +71,8 @@ _Operation = tuple[struct.Struct | None, int, Call, Call | None]
 """Of an event channel operation what to read, and how much of that to tell; how to tell it, and how to tell where it
 can't be read."""
 
+# Why a real guest's turn may be over.
+_REASONS: Final = (PAUSED, DOWN, BLOCKED, POLLING, YIELDED, SLICE)
 # What an engine may note by itself.
 _NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done")
 
@@ -114,39 +116,38 @@ class ProbedGuest:
         return Noting(calls, number)
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
-        guest = self._guest
+        guest, engine = self._guest, self._guest.engine
         run = MethodType(type(guest).run, guest)
-        said: dict[Any, Any] = {}
+        said: dict[Vcpu, tuple[Once, dict[str, Once]]] = {}
 
-        def told(vcpu: Vcpu, record: str, *why: str) -> Once:
-            try:
-                once: Once = said[vcpu][why]
-            except KeyError:
-                once = keep(said, probes.fixed(record, vcpu, *why), vcpu, why)
-            return once
+        def ends(vcpu: Vcpu) -> tuple[Once, dict[str, Once]]:
+            begin = probes.fixed("run", vcpu)
+            return keep(said, (begin, {why: probes.fixed("stop", vcpu, why) for why in _REASONS}), vcpu)
 
         def in_front(vcpu: Vcpu, until_ticks: int | None) -> None:
+            try:
+                begin, end = said[vcpu]
+            except KeyError:
+                begin, end = ends(vcpu)
             before, probes.current = probes.current, vcpu
-            told(vcpu, "run")()
+            begin()
             try:
                 run(vcpu, until_ticks)
             finally:
                 probes.current = before
-                told(vcpu, "stop", self._why(vcpu))()
+                if vcpu.domain.paused:
+                    why = PAUSED
+                elif not vcpu.up:
+                    why = DOWN
+                elif vcpu.blocked:
+                    why = BLOCKED
+                elif vcpu.polling:
+                    why = POLLING
+                else:
+                    why = YIELDED if vcpu.yielded or engine.pauses <= 0 else SLICE
+                end[why]()
 
         return in_front
-
-    def _why(self, vcpu: Vcpu) -> str:
-        """Why a turn is over."""
-        if vcpu.domain.paused:
-            return PAUSED
-        if not vcpu.up:
-            return DOWN
-        if vcpu.blocked:
-            return BLOCKED
-        if vcpu.polling:
-            return POLLING
-        return YIELDED if vcpu.yielded or self._guest.engine.pauses <= 0 else SLICE
 
     # -- hypercalls ----------------------------------------------------------------------------------------------------
 
