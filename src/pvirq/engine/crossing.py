@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 PAGE: Final = 25  # the last `LAST_PAGES` that were flushed
 LAST_PAGES: Final = 32
 DONE: Final = PAGE + LAST_PAGES
-CALLS: Final = DONE + 1
+FAILURES: Final = DONE + 1
+CALLS: Final = FAILURES + 1
 CPU_ITEMS: Final = CALLS + 1
 
 # struct vcpu, behind its owner's items.

@@ -6,17 +6,25 @@
  * something isn't as it should be, nothing is done here but asking it.
  */
 enum { CLOCK = 6808, COUNT = 6800, TICK_SHIFT = 3 };
-enum { MOST_OPEN = 8, MOST_RETURNS = 64, MOST_KNOWN = 1024, NEAR = 8, SEEN = 256 };
+enum { MOST_OPEN = 8, MOST_RETURNS = 64, MOST_KNOWN = 1024, NEAR = 8, SEEN = 256, OPERATIONS = 16 };
+enum { EVENT_CHANNEL_OP = 32, MOST_READ = 4 * 8 };
+#define FINISHED (1ull << 32)
+#define READ (1ull << 33)
 
 struct note {
     u64 events, values;         /* how long both lists were: see struct book */
     u64 number;                 /* what it is; Python knows */
     u64 ticks;                  /* the guest's TSC */
-    u64 first, second;          /* of a hypercall: its arguments */
+    /* Of a hypercall: */
+    u64 hypercall;              /* its number; FINISHED: there is a result; READ: from `first[2]` on stands what the
+                                   struct of an event channel operation had in it */
+    u64 first[6], result;       /* its arguments */
 };
 
 struct book {
-    u64 used, room, all;        /* `room` is for what may be refused, `all` also for what began in `room` */
+    u64 used, room;
+    u64 taken;                  /* changes when what stands here is taken away */
+    void (*full)(void);         /* takes it away */
     const u64 *events, *values; /* where Python has the lengths of two lists, so that what it puts there itself and what
                                    stands here can be brought into one order */
     struct note note[];
@@ -42,7 +50,7 @@ struct known {
 
 struct side {
     struct vcpu *vcpu;
-    u64 stack_switch, set_segment_base; /* as above */
+    u64 hypercalls;             /* as above */
     u64 depth;
     struct { u64 sp, leave; } open[MOST_OPEN];
 };
@@ -53,28 +61,28 @@ struct calls {
     u64 asked;                  /* calls whose return Python waits for */
     u64 sides;
     struct side *side;
+    u64 hypercalls;             /* how many there are */
+    u64 sizes[OPERATIONS];      /* of the structs of event channel operations; 0: of no interest */
     u64 returns, back[MOST_RETURNS]; /* addresses to which calls return, and are seen to */
     struct known known[MOST_KNOWN];
 };
 
-static int note(struct cpu *c, u64 limit, u64 number, u64 first, u64 second)
+static struct note *note(struct cpu *c, u64 number)
 {
     struct book *b = c->calls->book;
     u8 *env = c->env;
-    struct note *n = b->note + b->used;
+    struct note *n;
 
-    if (!number)
-        return 1;
-    if (b->used >= limit)
-        return 0;
-    b->used++;
+    if (b->used >= b->room)
+        b->full();
+    if (b->used >= b->room)
+        return NULL;
+    n = b->note + b->used++;
     n->events = *b->events;
     n->values = *b->values;
     n->number = number - 1;
     n->ticks = ((E64(CLOCK) - E64(COUNT)) << TICK_SHIFT) + *c->tsc_offset;
-    n->first = first;
-    n->second = second;
-    return 1;
+    return n;
 }
 
 static struct side *side_of(struct calls *calls, struct vcpu *v)
@@ -83,27 +91,6 @@ static struct side *side_of(struct calls *calls, struct vcpu *v)
         if (calls->side[i].vcpu == v)
             return calls->side + i;
     return NULL;
-}
-
-/* One of the hypercalls that crossing.c does. */
-static int note_hypercall(struct cpu *c, struct vcpu *v, int stack_switch, u64 first, u64 second)
-{
-    struct side *side = c->calls && c->calls->book ? side_of(c->calls, v) : NULL;
-    u64 number = !side ? 0 : stack_switch ? side->stack_switch : side->set_segment_base;
-
-    return number && note(c, c->calls->book->room, number, first, second);
-}
-
-/* The first of a few places where a call may be kept. */
-static struct known *place(struct site *s, struct vcpu *v, u64 first, u64 second)
-{
-    u64 hash = (first ^ second << 32 ^ (u64)v >> 4 ^ (u64)s << 20) * 0x9E3779B97F4A7C15ull >> 40;
-    return s->cpu->calls->known + hash % (MOST_KNOWN - NEAR);
-}
-
-static int is_call(struct known *k, struct site *s, struct vcpu *v, u64 first, u64 second)
-{
-    return k->site == s && k->vcpu == v && k->first == first && k->second == second;
 }
 
 /* Are those bytes at a guest's address? Or, to `keep` them, are there any? */
@@ -127,6 +114,44 @@ static int seen(struct cpu *c, struct vcpu *v, u64 va, u64 size, u8 *bytes, int 
         size -= part;
     }
     return 1;
+}
+
+/* One that is about to be made. */
+static struct note *note_hypercall(struct cpu *c, struct vcpu *v, u64 number)
+{
+    static const u8 argument[] = { RDI, RSI, RDX, R10, R8, R9 };
+    struct side *side = c->calls && c->calls->book ? side_of(c->calls, v) : NULL;
+    struct note *n;
+    u8 *env = c->env;
+    u64 size;
+
+    if (!side || !side->hypercalls || number >= c->calls->hypercalls)
+        return NULL;
+    n = note(c, side->hypercalls);
+    if (!n)
+        return NULL;
+    n->hypercall = number;
+    for (unsigned i = 0; i < sizeof argument; i++)
+        n->first[i] = REG(argument[i]);
+    if (number == EVENT_CHANNEL_OP && (u32)REG(RDI) < OPERATIONS) {
+        size = c->calls->sizes[(u32)REG(RDI)];
+        if (size && size <= MOST_READ && seen(c, v, REG(RSI), size, (u8 *)&n->first[2], 1))
+            n->hypercall |= READ;
+    }
+    n->result = 0;
+    return n;
+}
+
+/* The first of a few places where a call may be kept. */
+static struct known *place(struct site *s, struct vcpu *v, u64 first, u64 second)
+{
+    u64 hash = (first ^ second << 32 ^ (u64)v >> 4 ^ (u64)s << 20) * 0x9E3779B97F4A7C15ull >> 40;
+    return s->cpu->calls->known + hash % (MOST_KNOWN - NEAR);
+}
+
+static int is_call(struct known *k, struct site *s, struct vcpu *v, u64 first, u64 second)
+{
+    return k->site == s && k->vcpu == v && k->first == first && k->second == second;
 }
 
 static int noted_call(struct cpu *c, struct site *s)
@@ -156,7 +181,7 @@ static int noted_call(struct cpu *c, struct site *s)
         if (i == calls->returns)
             return 0;
     }
-    if (!note(c, calls->book->room, k->enter, 0, 0))
+    if (k->enter && !note(c, k->enter))
         return 0;
     if (s->returns) {
         if (side->depth == MOST_OPEN)
@@ -182,10 +207,12 @@ void on_return(void *uc, u64 va, u32 size, struct site *s)
     struct side *side = c->vcpu ? side_of(calls, c->vcpu) : NULL;
     u8 *env = c->env;
 
-    if (side && calls->book && side->depth && side->open[side->depth - 1].sp == REG(RSP))
-        note(c, calls->book->all, side->open[--side->depth].leave, 0, 0);
-    else if (calls->asked)
+    if (side && calls->book && side->depth && side->open[side->depth - 1].sp == REG(RSP)) {
+        if (side->open[--side->depth].leave)
+            note(c, side->open[side->depth].leave);
+    } else if (calls->asked) {
         s->ask(uc, va, size, NULL);
+    }
 }
 
 /* From now on, this is what is to be noted of the call that is being made now, by Python asked for. */

@@ -8,28 +8,29 @@ call is asked about once (`pvirq.engine.protocol.Engine.watch`), and from then o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from pvirq.engine.protocol import Slot
 
-# struct note
-EVENTS, VALUES, NUMBER, TICKS, FIRST, SECOND = range(6)
-NOTE_ITEMS: Final = 6
+# struct note: lengths of two lists, number, ticks; a hypercall with its six arguments, and its result.
+NOTE_ITEMS: Final = 12
+FINISHED, READ = 1 << 32, 1 << 33
 # struct book
-USED, ROOM, ALL, EVENTS_AT, VALUES_AT = range(5)
-NOTE: Final = 5
-MOST_NOTES: Final = 8192  # in a book: what comes then Python has to see to, until they were taken
-MOST_BEGUN: Final = 4096  # and so many ends of what has begun before
+USED, ROOM, TAKEN, FULL, EVENTS_AT, VALUES_AT = range(6)
+NOTE: Final = 6
+MOST_NOTES: Final = 4096  # in a book
 # struct site
 CPU, ASK, SITE_FIRST, SITE_SECOND, SIZE, RETURNS = range(6)
 SITE_ITEMS: Final = 6
 # struct side
-SIDE_VCPU, STACK_SWITCH, SET_SEGMENT_BASE, DEPTH = range(4)
-SIDE_ITEMS: Final = 4 + 2 * 8
+SIDE_VCPU, HYPERCALLS, DEPTH = range(3)
+SIDE_ITEMS: Final = 3 + 2 * 8
 # struct calls
-BOOK, GENERATION, ASKED, SIDES, SIDE, BACKS = range(6)
-BACK: Final = 6
+BOOK, GENERATION, ASKED, SIDES, SIDE, HYPERCALLS_THERE, SIZES = range(7)
+OPERATIONS: Final = 16
+BACKS: Final = SIZES + OPERATIONS
+BACK: Final = BACKS + 1
 MOST_RETURNS: Final = 64
 KNOWN: Final = BACK + MOST_RETURNS
 KNOWN_ITEMS: Final = 1024 * (7 + 256 // 8)
@@ -39,24 +40,31 @@ M64: Final = (1 << 64) - 1
 
 
 class Book:
-    """Notes among what Python appends to two lists meanwhile: each says how long those were."""
+    """Notes among what Python appends to two lists meanwhile: each says how long those were.
 
-    def __init__(self, events: list[Any], values: list[Any]) -> None:
-        self._kept = events, values
-        self._struct = (ctypes.c_uint64 * (NOTE + (MOST_NOTES + MOST_BEGUN) * NOTE_ITEMS))()
+    `full` is called when it is, while a guest runs, to `take` them.
+    """
+
+    _books = 0
+
+    def __init__(self, events: list[Any], values: list[Any], full: Callable[[], None]) -> None:
+        self._full = ctypes.CFUNCTYPE(None)(full)
+        self._struct = (ctypes.c_uint64 * (NOTE + MOST_NOTES * NOTE_ITEMS))()
         self.address = ctypes.addressof(self._struct)
         self.items = items = memoryview(self._struct).cast("B").cast("Q")
-        items[ROOM], items[ALL] = MOST_NOTES, MOST_NOTES + MOST_BEGUN
+        Book._books += 1
+        items[ROOM], items[TAKEN] = MOST_NOTES, Book._books << 32  # told from that of others which lay here
+        items[FULL] = ctypes.cast(self._full, ctypes.c_void_p).value or 0
         items[EVENTS_AT], items[VALUES_AT] = map(_length_of, (events, values))
 
     @staticmethod
-    def of(events: list[Any], values: list[Any]) -> Book | None:
+    def of(events: list[Any], values: list[Any], full: Callable[[], None]) -> Book | None:
         """None where a list's length can't be looked at from outside of Python."""
         probe: list[None] = []
         length = ctypes.c_ssize_t.from_address(_length_of(probe))
         before = length.value
         probe += [None] * 77
-        return Book(events, values) if (before, length.value) == (0, 77) else None
+        return Book(events, values, full) if (before, length.value) == (0, 77) else None
 
     @property
     def used(self) -> int:
@@ -67,6 +75,7 @@ class Book:
         items = self.items
         end = NOTE + items[USED] * NOTE_ITEMS
         items[USED] = 0
+        items[TAKEN] += 1
         return items[NOTE:end].tolist()
 
 
@@ -146,11 +155,14 @@ class Calls:
         """
         self._know(site.address, enter, leave)
 
-    def note_hypercalls(self, slot: Slot, stack_switch: int, set_segment_base: int) -> None:
-        """What is noted of those two, likewise, where a slot has `SHORT_HYPERCALLS` be `NOTED`."""
-        where = self._sides[slot.address]
-        self._side_items[where + STACK_SWITCH] = stack_switch
-        self._side_items[where + SET_SEGMENT_BASE] = set_segment_base
+    def note_hypercalls(self, slot: Slot, number: int, count: int, sizes: Mapping[int, int]) -> None:
+        """A slot that has `SHORT_HYPERCALLS` say `NOTED` makes hypercalls: `number` likewise is what is noted of those
+        with numbers below `count`. `sizes` are how much to note of what event channel operations point to."""
+        self._side_items[self._sides[slot.address] + HYPERCALLS] = number
+        items = self._items
+        items[HYPERCALLS_THERE] = count
+        for operation, size in sizes.items():
+            items[SIZES + operation] = size
 
     def asked(self, count: int) -> None:
         """Python was asked about so many calls and waits for them to return."""

@@ -55,7 +55,8 @@ CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
 ) = range(22)  # fmt: skip
 SLOT_ITEMS: Final = RUNSTATE_TIMES + 4
 
-NOTED: Final = 2  # of SHORT_HYPERCALLS: they are told of in `Engine.calls`
+# SHORT_HYPERCALLS: the engine may do some by itself; it is to note them in `Engine.calls`.
+SHORT, NOTED = 1, 2
 MANY_PAUSES: Final = 0x7FFFFFFF  # more than a run has: no limit to `Engine.pauses`
 
 

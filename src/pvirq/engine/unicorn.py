@@ -15,6 +15,7 @@ from pvirq.engine.crossing import (
     CODE_SEEN,
     CR3_ASIDE,
     DONE,
+    FAILURES,
     FLUSHES,
     LAST_PAGES,
     ON_INTERRUPT,
@@ -282,6 +283,7 @@ class UnicornEngine:
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
+        self._shared[FAILURES] += 1
         self.stop()
 
     # -- registers -------------------------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pvirq.engine.notes import MOST_NOTES, NOTE_ITEMS, USED, Book
+from pvirq.engine.notes import FINISHED, MOST_NOTES, NOTE_ITEMS, READ, USED, Book
 from pvirq.lab.chunks import Chunks
 from pvirq.lab.lines import MOST_KEPT, Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
-from pvirq.xen.probes import Call, Instrument, Once, Record, Tell, keep, nothing
+from pvirq.xen.probes import Call, Instrument, Once, ReadNote, Record, Tell, keep, nothing
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 
+M32: Final = 0xFFFFFFFF
 FULL: Final = 1 << 16  # events: of more, lines are made at the end of a real guest's turn, or when time jumps
 
 # The kinds of a trace's events, and the hooks that they come from.
@@ -83,8 +84,9 @@ class Recorder(Instrument):
         self._chunks = Chunks(hypervisor.clock.now(), self._shapes)
         self.events: list[Shape] = []
         self._values: list[Any] = []
-        self._book = Book.of(self.events, self._values)  # what engines note without Python
-        self._numbers: dict[Shape, int] = {}  # what those notes are
+        self._book = Book.of(self.events, self._values, self._empty_book)  # what engines note without Python
+        self._known: list[Shape | tuple[Vcpu, ReadNote]] = []  # what those notes are, by number
+        self._numbers: dict[Shape, int] = {}
         self._noted: list[int] = []  # those that were in the book
 
     def begin(self) -> None:
@@ -113,14 +115,24 @@ class Recorder(Instrument):
         events: list[Shape] = []
         values: list[Any] = []
         event = value = 0
-        shapes, noted, ns = list(self._numbers), iter(self._noted), self._hypervisor.clock.ticks_to_ns
-        for event_behind, value_behind, number, ticks, first, second in zip(*[noted] * NOTE_ITEMS, strict=True):
+        known, noted, ns = self._known, iter(self._noted), self._hypervisor.clock.ticks_to_ns
+        for event_behind, value_behind, number, ticks, hypercall, *arguments, result in zip(
+            *[noted] * NOTE_ITEMS, strict=True
+        ):
             events += self.events[event:event_behind]
             values += self._values[value:value_behind]
             event, value = event_behind, value_behind
-            shape = shapes[number]
-            events.append(shape)
-            values += (ns(ticks), first, second, 0)[: shape.takes]
+            values.append(ns(ticks))
+            what = known[number]
+            if isinstance(what, Shape):
+                events.append(what)
+                continue
+            vcpu, read = what
+            name, told = read(hypercall & M32, arguments, bool(hypercall & READ))
+            without, done = self._shapes.of_hypercall(vcpu, name, len(told))
+            values += told
+            values.append(result - (result >> 63 << 64))
+            events.append(done if hypercall & FINISHED else without)
         events += self.events[event:]
         values += self._values[value:]
         self._noted.clear()
@@ -192,14 +204,16 @@ class Recorder(Instrument):
         return self._book
 
     def number(self, record: Record) -> int | None:
-        """A hypercall's is that of one which returns 0."""
-        if record[0] == "hypercall":
-            shape = self._shapes.of_hypercall(record[1], record[2], len(record[3]))[1]
-        else:
-            shape = self._shapes.of(record, True)
-        if len(self._numbers) >= MOST_KEPT:
-            return self._numbers.get(shape)
-        return self._numbers.setdefault(shape, len(self._numbers))
+        shape = self._shapes.of(record, True)
+        number = self._numbers.get(shape)
+        if number is None and len(self._numbers) < MOST_KEPT:
+            number = self._numbers[shape] = len(self._known)
+            self._known.append(shape)
+        return number
+
+    def number_of_hypercalls(self, vcpu: Vcpu, read: ReadNote) -> int:
+        self._known.append((vcpu, read))
+        return len(self._known) - 1
 
     def _at_once(self, record: Record) -> bool:
         """Has no time passed since the last event, where a guest's execution is all that takes any?"""

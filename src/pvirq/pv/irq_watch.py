@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pvirq.engine.notes import Calls, Site
     from pvirq.pv.guest import PvGuest
     from pvirq.xen.domain import Vcpu
-    from pvirq.xen.probes import Record, Tell
+    from pvirq.xen.probes import Instrument, Record, Tell
 
 # How much of a guest's interrupts can be seen.
 LINES: Final = "lines"  # irq, port, name, handler
@@ -62,8 +62,9 @@ class Handler(NamedTuple):
 
 
 class Noting(NamedTuple):
-    """What the engine notes by itself, and what a record's note is, plus one; 0: nothing, None: it is to be told."""
+    """For whom the engine notes what by itself, and what a record's note is, plus one; 0: nothing, None: to be told."""
 
+    instrument: Instrument
     calls: Calls
     number: Callable[[Record], int | None]
 
@@ -189,9 +190,7 @@ class IrqWatch:
 
         return port
 
-    def _enter(
-        self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Handler], back: int, site: Site | None
-    ) -> None:
+    def _enter(self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Handler], back: int, site: Site | None) -> None:
         inside = self._inside[vcpu]
         if back not in self._exits:
             if len(self._exits) >= MOST_EXITS:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
 from pvirq.abi.errno import XenError
-from pvirq.engine.protocol import NOTED, SHORT_HYPERCALLS
 from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import int32
 from pvirq.pv.irq_watch import NOTHING, IrqWatch, Noting
@@ -75,6 +74,7 @@ can't be read."""
 _REASONS: Final = (PAUSED, DOWN, BLOCKED, POLLING, YIELDED, SLICE)
 # What an engine may note by itself.
 _NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done")
+_EVTCHN_SIZES: Final = {command: layout.size for command, (layout, _) in _EVTCHN_ARGUMENTS.items()}
 
 
 class ProbedGuest:
@@ -113,7 +113,7 @@ class ProbedGuest:
             found = one.number(record) if record[0] in wanted else -1
             return None if found is None else found + 1
 
-        return Noting(calls, number)
+        return Noting(one, calls, number)
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
         guest, engine = self._guest, self._guest.engine
@@ -156,23 +156,20 @@ class ProbedGuest:
         told = probes.on_hypercall is not None or probes.on_hypercall_done is not None
         for cpu in self._guest.cpus:
             if told:
-                cpu.hypercalls = [
+                cpu.hypercalls = plain
+                table = [
                     (_told_hypercall(number, handler, arguments, cpu, probes), arguments)
                     for number, (handler, arguments) in enumerate(plain)
                 ]
-                if noting is not None and plain is HYPERCALLS:
-                    self._note_hypercalls(cpu, noting)
+                if noting is None:
+                    cpu.hypercalls = table
+                else:
+                    number = 1 + noting.instrument.number_of_hypercalls(cpu.vcpu, _read_note)
+                    noting.calls.note_hypercalls(cpu.slot, number, len(plain), _EVTCHN_SIZES)
+                    cpu.note_hypercalls(table)
             elif self._told_hypercalls:
                 cpu.hypercalls = plain
         self._told_hypercalls = told
-
-    def _note_hypercalls(self, cpu: PvVcpu, noting: Noting) -> None:
-        """Those that the engine does by itself, it notes by itself."""
-        names = (_HYPERCALLS[number] for number in (xen.HYPERVISOR_stack_switch, xen.HYPERVISOR_set_segment_base))
-        stack_switch, segment_base = (noting.number(("hypercall", cpu.vcpu, name, (0, 0))) for name in names)
-        if stack_switch and segment_base:
-            noting.calls.note_hypercalls(cpu.slot, stack_switch, segment_base)
-            cpu.kept[SHORT_HYPERCALLS] = NOTED
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 
@@ -208,6 +205,21 @@ def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
         return deliver(rip)
 
     return in_front
+
+
+def _read_note(number: int, noted: Sequence[int], has_struct: bool) -> tuple[str, Sequence[int]]:
+    """What such a hypercall is told of, where the engine has noted it (`ReadNote`)."""
+    name, count = _HYPERCALLS.get(number, f"hypercall {number}"), HYPERCALLS[number][1]
+    if name not in _OPERATIONS:
+        return name, noted[:count]
+    command = noted[0] & 0xFFFFFFFF
+    call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
+    if name != "event_channel_op":
+        return call, noted[:count]
+    if not has_struct:
+        return call, noted[1:2]
+    layout, count = _EVTCHN_ARGUMENTS[command]
+    return call, layout.unpack_from(struct.pack("<4Q", *noted[2:]))[:count]
 
 
 def _told_hypercall(number: int, handler: Hypercall, arguments: int, cpu: PvVcpu, probes: Probes) -> Hypercall:

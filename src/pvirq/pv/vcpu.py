@@ -45,6 +45,7 @@ from pvirq.engine.protocol import (
     KERNEL_SS,
     NMI_MASKED,
     NMI_PENDING,
+    NOTED,
     OTHER_GS_BASE,
     R8,
     R9,
@@ -61,6 +62,7 @@ from pvirq.engine.protocol import (
     RUNSTATE_AREA,
     RUNSTATE_SINCE,
     RUNSTATE_TIMES,
+    SHORT,
     SHORT_HYPERCALLS,
     SYSCALL_ENTRY,
     SYSCALL_MASKS,
@@ -201,12 +203,17 @@ class PvVcpu(GuestMemory):
     @property
     def hypercalls(self) -> list[tuple[Hypercall, int]]:
         """What is called for each, by number, and with how many arguments. No short cut leads past another table."""
-        return self._hypercalls
+        return self._inner_hypercalls
 
     @hypercalls.setter
     def hypercalls(self, table: list[tuple[Hypercall, int]]) -> None:
-        self._hypercalls = table
-        self.kept[SHORT_HYPERCALLS] = table is HYPERCALLS
+        self._hypercalls = self._inner_hypercalls = table
+        self.kept[SHORT_HYPERCALLS] = SHORT if table is HYPERCALLS else 0
+
+    def note_hypercalls(self, inner: list[tuple[Hypercall, int]]) -> None:
+        """The engine is to note them from now on; those in a multicall it doesn't see: for them there is `inner`."""
+        self._inner_hypercalls = inner
+        self.kept[SHORT_HYPERCALLS] |= NOTED
 
     # -- address spaces and modes ------------------------------------------------------------------------------------
 

@@ -51,6 +51,10 @@ Once = Callable[[], object]
 """Tells one and the same record, each time that it is called (`Probes.fixed`)."""
 
 
+ReadNote = Callable[[int, Sequence[int], bool], tuple[str, Sequence[int]]]
+"""Of a hypercall's number, what its note has for arguments, and whether a struct was read: name, and arguments."""
+
+
 class Call(NamedTuple):
     """Tells of one and the same hypercall, but for its arguments and result (`Probes.fixed_call`)."""
 
@@ -102,11 +106,12 @@ class Instrument:
         return None
 
     def number(self, record: Record) -> int | None:
-        """What a record that will be told again and again is in the book; of hypercalls, without their arguments.
-
-        None: this one, and all that are like it, are to be told of after all.
-        """
+        """What a record that will be told again and again is in the book; None: it has to be told after all."""
         return None
+
+    def number_of_hypercalls(self, vcpu: Vcpu, read: ReadNote) -> int:
+        """What all of a vCPU's hypercalls are in the book; `read` says what one of them is."""
+        raise NotImplementedError
 
     def raised(self, vcpu: Vcpu, channel: Channel, outcome: str) -> None:
         """An event was raised on `channel`, towards `vcpu` of its domain; `outcome` is one of the five above.
@@ -174,7 +179,7 @@ class Instrument:
         """Virtual time has jumped to `now`, in ns; without a counter (modelled domains only) it has no other way."""
 
 
-_NO_HOOKS: Final = ("hooks", "fixed", "fixed_call", "book", "number")
+_NO_HOOKS: Final = ("hooks", "fixed", "fixed_call", "book", "number", "number_of_hypercalls")
 _HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
 
 
