@@ -8,6 +8,7 @@ call is asked about once (`pvirq.engine.protocol.Engine.watch`), and from then o
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from pvirq.engine.protocol import Slot
 
 # struct note: lengths of two lists, number, ticks; a hypercall with its six arguments, and its result.
 NOTE_ITEMS: Final = 12
+NOTE_FORM: Final = struct.Struct(f"<{NOTE_ITEMS}Q")
 FINISHED, READ = 1 << 32, 1 << 33
 # struct book
 USED, ROOM, TAKEN, FULL, EVENTS_AT, VALUES_AT = range(6)
@@ -70,13 +72,13 @@ class Book:
     def used(self) -> int:
         return self.items[USED]
 
-    def take(self) -> list[int]:
-        """All notes since the last time, item by item."""
+    def take(self) -> bytes:
+        """All notes since the last time, one after the other, each as `NOTE_FORM` has it."""
         items = self.items
-        end = NOTE + items[USED] * NOTE_ITEMS
+        taken = bytes(items[NOTE : NOTE + items[USED] * NOTE_ITEMS])
         items[USED] = 0
         items[TAKEN] += 1
-        return items[NOTE:end].tolist()
+        return taken
 
 
 def _length_of(items: list[Any]) -> int:

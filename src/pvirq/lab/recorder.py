@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pvirq.engine.notes import FINISHED, MOST_NOTES, NOTE_ITEMS, READ, USED, Book
+from pvirq.engine.notes import FINISHED, MOST_NOTES, NOTE_FORM, READ, USED, Book
 from pvirq.lab.chunks import Chunks
 from pvirq.lab.lines import MOST_KEPT, Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
@@ -87,7 +87,7 @@ class Recorder(Instrument):
         self._book = Book.of(self.events, self._values, self._empty_book)  # what engines note without Python
         self._known: list[Shape | tuple[Vcpu, ReadNote]] = []  # what those notes are, by number
         self._numbers: dict[Shape, int] = {}
-        self._noted: list[int] = []  # those that were in the book
+        self._noted = bytearray()  # those that were in the book
 
     def begin(self) -> None:
         """From now on."""
@@ -115,9 +115,9 @@ class Recorder(Instrument):
         events: list[Shape] = []
         values: list[Any] = []
         event = value = 0
-        known, noted, ns = self._known, iter(self._noted), self._hypervisor.clock.ticks_to_ns
-        for event_behind, value_behind, number, ticks, hypercall, *arguments, result in zip(
-            *[noted] * NOTE_ITEMS, strict=True
+        known, ns = self._known, self._hypervisor.clock.ticks_to_ns
+        for event_behind, value_behind, number, ticks, hypercall, *arguments, result in NOTE_FORM.iter_unpack(
+            self._noted
         ):
             events += self.events[event:event_behind]
             values += self._values[value:value_behind]
@@ -253,7 +253,7 @@ class Recorder(Instrument):
 
     def _filled(self) -> None:
         self._empty_book()
-        if len(self.events) + len(self._noted) > FULL:
+        if len(self.events) + len(self._noted) // NOTE_FORM.size > FULL:
             self._on_full()
 
     def _time_passed(self, record: Record) -> None:
