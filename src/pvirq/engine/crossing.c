@@ -531,5 +531,9 @@ int change_runstate(struct cpu *c, struct vcpu *v, u64 state, u64 now, int write
 int upcall(struct cpu *c, struct vcpu *v, u64 target, u64 rip)
 {
     u8 *env = c->env;
-    return bounce(c, v, (u16)E32(CS_SELECTOR), (u16)E32(SS_SELECTOR), target, 1, rip, flags(c), NULL, REG(RCX), REG(R11));
+
+    if (!bounce(c, v, (u16)E32(CS_SELECTOR), (u16)E32(SS_SELECTOR), target, 1, rip, flags(c), NULL, REG(RCX), REG(R11)))
+        return 0;
+    note_upcall(c, v);
+    return 1;
 }

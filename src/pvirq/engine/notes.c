@@ -50,7 +50,7 @@ struct known {
 
 struct side {
     struct vcpu *vcpu;
-    u64 hypercalls;             /* as above */
+    u64 hypercalls, upcalls;    /* as above */
     u64 depth;
     struct { u64 sp, leave; } open[MOST_OPEN];
 };
@@ -140,6 +140,14 @@ static struct note *note_hypercall(struct cpu *c, struct vcpu *v, u64 number)
     }
     n->result = 0;
     return n;
+}
+
+static void note_upcall(struct cpu *c, struct vcpu *v)
+{
+    struct side *side = c->calls && c->calls->book ? side_of(c->calls, v) : NULL;
+
+    if (side && side->upcalls)
+        note(c, side->upcalls);
 }
 
 /* The first of a few places where a call may be kept. */

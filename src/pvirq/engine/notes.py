@@ -26,8 +26,8 @@ MOST_NOTES: Final = 4096  # in a book
 CPU, ASK, SITE_FIRST, SITE_SECOND, SIZE, RETURNS = range(6)
 SITE_ITEMS: Final = 6
 # struct side
-SIDE_VCPU, HYPERCALLS, DEPTH = range(3)
-SIDE_ITEMS: Final = 3 + 2 * 8
+SIDE_VCPU, HYPERCALLS, UPCALLS, DEPTH = range(4)
+SIDE_ITEMS: Final = 4 + 2 * 8
 # struct calls
 BOOK, GENERATION, ASKED, SIDES, SIDE, HYPERCALLS_THERE, SIZES = range(7)
 OPERATIONS: Final = 16
@@ -165,6 +165,10 @@ class Calls:
         items[HYPERCALLS_THERE] = count
         for operation, size in sizes.items():
             items[SIZES + operation] = size
+
+    def note_upcalls(self, slot: Slot, number: int) -> None:
+        """The same of each `Engine.upcall` that is done."""
+        self._side_items[self._sides[slot.address] + UPCALLS] = number
 
     def asked(self, count: int) -> None:
         """Python was asked about so many calls and waits for them to return."""

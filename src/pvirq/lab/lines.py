@@ -111,7 +111,7 @@ class Shapes:
     def __init__(self) -> None:
         self._shapes: dict[tuple[Record, bool], Shape] = {}
         self._calls: dict[tuple[Vcpu, str, int], tuple[Shape, Shape]] = {}
-        self._choices: dict[str, Shape] = {}
+        self.choices: dict[str, Shape] = {}  # as `of_choice` has made them
         self._flows: dict[tuple[int, int], Flow] = {}  # by domain and port
         late = RARE, Flow()
         self.rare: Final = Shape("%s", False, takes=1, late=late), Shape("%s", True, takes=1, late=late)
@@ -150,10 +150,8 @@ class Shapes:
 
     def of_choice(self, what: str) -> Shape:
         """Of a schedule's choice: its number, of how many, which was taken."""
-        shape = self._choices.get(what)
-        if shape is None:
-            text = f'choice","what":{_plain(encode(what))},"n":%d,"of":%d,"took":%d}}\n'
-            shape = self._choices[what] = Shape(text, True, takes=3, numbers=3)
+        text = f'choice","what":{_plain(encode(what))},"n":%d,"of":%d,"took":%d}}\n'
+        shape = self.choices[what] = Shape(text, True, takes=3, numbers=3)
         return shape
 
     def rare_text(self, record: Record) -> str:

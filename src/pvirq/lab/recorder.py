@@ -186,7 +186,7 @@ class Recorder(Instrument):
                 raise
 
         if name == "stop":
-            return self._stopping(told)
+            return self._stopping(shape)
         if name != "woken" or "raised" not in self._wanted:
             return told
         behind = self._shapes.of(record, False)
@@ -221,6 +221,8 @@ class Recorder(Instrument):
         if name in ("run", "woken"):
             return name == "run" or "raised" in self._wanted
         who: Vcpu | None = record[4] if name == "raised" else record[1]
+        if name == "raised" and not {"hypercall", "shut_down"} - self._wanted:
+            return True  # a real guest does it in a hypercall, or by its end, and both have been told of
         return who is None or who.domain.label.kind == "modelled"
 
     def _again(self) -> Tell:
@@ -238,17 +240,22 @@ class Recorder(Instrument):
 
         return tell
 
-    def _stopping(self, told: Once) -> Once:
-        """A turn is over: the moment to look how much there is."""
-        events, full = self.events, FULL
+    def _stopping(self, shape: Shape) -> Once:
+        """A real guest's turn is over: the moment to look how much there is."""
+        events, put, now = self.events, self._values.append, self._hypervisor.clock.now
+        append, full, most = events.append, FULL, MOST_NOTES // 2
         book = (0,) if self._book is None else self._book.items
 
         def stop() -> None:
-            told()
+            try:
+                put(now())
+                append(shape)
+            except BaseException:
+                self._realign()
+                raise
             if len(events) > full or book[USED] > most:
                 self._filled()
 
-        most = MOST_NOTES // 2
         return stop
 
     def _filled(self) -> None:
@@ -312,6 +319,7 @@ class Recorder(Instrument):
         """A schedule's choices are many, and all alike."""
         append, put, now = self.events.append, self._values.extend, self._hypervisor.clock.now
         of_choice = self._shapes.of_choice
+        choices = self._shapes.choices
 
         def told(record: Record) -> None:
             _, kind, _, fields = record
@@ -320,7 +328,8 @@ class Recorder(Instrument):
                 return
             try:
                 put((now(), fields["n"], fields["of"], fields["took"]))
-                append(of_choice(fields["what"]))
+                what = fields["what"]
+                append(choices[what] if what in choices else of_choice(what))
             except BaseException:
                 self._realign()
                 raise

@@ -26,6 +26,7 @@ from pvirq.xen.probes import (
     keep,
     nothing,
     put,
+    say_nothing,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ can't be read."""
 # Why a real guest's turn may be over.
 _REASONS: Final = (PAUSED, DOWN, BLOCKED, POLLING, YIELDED, SLICE)
 # What an engine may note by itself.
-_NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done")
+_NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done", "upcall")
 _EVTCHN_SIZES: Final = {command: layout.size for command, (layout, _) in _EVTCHN_ARGUMENTS.items()}
 
 
@@ -92,8 +93,7 @@ class ProbedGuest:
         put(guest, "run", self._told_run(probes) if probes.tells_turns else None)
         noting = self._begin_notes(probes)
         self._probe_hypercalls(probes, noting)
-        for cpu in guest.cpus:
-            put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes))
+        self._probe_upcalls(probes, noting)
         self._probe_irqs(probes, noting)
 
     def _begin_notes(self, probes: Probes) -> Noting | None:
@@ -170,6 +170,20 @@ class ProbedGuest:
             elif self._told_hypercalls:
                 cpu.hypercalls = plain
         self._told_hypercalls = told
+
+    # -- upcalls -------------------------------------------------------------------------------------------------------
+
+    def _probe_upcalls(self, probes: Probes, noting: Noting | None) -> None:
+        for cpu in self._guest.cpus:
+            in_front, cpu.upcall_unnoted = None, say_nothing
+            if probes.on_upcall is not None:
+                number = None if noting is None else noting.number(("upcall", cpu.vcpu))
+                if number is None or noting is None:
+                    in_front = _told_upcall(cpu, probes)
+                else:
+                    noting.calls.note_upcalls(cpu.slot, number)
+                    cpu.upcall_unnoted = probes.fixed("upcall", cpu.vcpu)
+            put(cpu, "deliver_events", in_front)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ interrupt flag (vcpu_info.evtchn_upcall_mask). This module is that part of xen/a
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pvirq.abi.arch_x86 import (
@@ -185,6 +186,7 @@ class PvVcpu(GuestMemory):
         self.runstate = RUNSTATE_offline
         self.kept[GDT] = guest.window.entries(vcpu.vcpu_id)
         self.hypercalls = guest.hypercalls
+        self.upcall_unnoted: Callable[[], object] = lambda: None  # tells of one where the engine notes all others
         self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
 
@@ -325,10 +327,9 @@ class PvVcpu(GuestMemory):
         """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
-            if self.guest.on_upcall is not None:
-                self.guest.on_upcall(self)
             if self.engine.upcall(self.slot, self.event_callback, rip):
                 return self.event_callback
+            self.upcall_unnoted()
             return self.bounce(self.event_callback, True, rip, self.engine.rflags, None)
         return rip
 

@@ -434,25 +434,6 @@ class Probes:
 
         return in_front
 
-    def turn(self, run: Callable[[Vcpu], None]) -> Callable[[Vcpu], None]:
-        """What stands in front of a modelled vCPU's turn."""
-        said: dict[Vcpu, tuple[Once, Once]] = {}
-
-        def turn(vcpu: Vcpu) -> None:
-            try:
-                begin, end = said[vcpu]
-            except KeyError:
-                begin, end = said[vcpu] = self.fixed("run", vcpu), self.fixed("stop", vcpu, DONE)
-            before, self.current = self.current, vcpu
-            begin()
-            try:
-                run(vcpu)
-            finally:
-                self.current = before
-                end()
-
-        return turn
-
     def _cover_hypervisor(self) -> None:
         hypervisor = self._hypervisor
         if self._waker is not None:
