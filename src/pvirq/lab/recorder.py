@@ -229,14 +229,13 @@ class Recorder(Instrument):
         """Of events that come again and again, from who has only a record of them."""
         said: dict[Record, Once] = {}
 
+        def make(record: Record) -> Once:
+            once = self.fixed(record)
+            assert once is not None
+            return once
+
         def tell(record: Record) -> None:
-            try:
-                once = said[record]
-            except KeyError:
-                fixed = self.fixed(record)
-                assert fixed is not None
-                once = keep(said, fixed, record)
-            once()
+            keep(said, record, partial(make, record))()
 
         return tell
 

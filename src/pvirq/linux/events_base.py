@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Probes, keep, put
+from pvirq.xen.probes import Once, Probes, keep, put, put_last
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -454,15 +455,19 @@ class EventsBase:
             put(late, "eoi", None)
             return
         eoi, vcpus, kernel = MethodType(type(late).eoi, late), self.domain.vcpus, self.kernel
-        said: dict[Any, Any] = {}
+        said: dict[IrqInfo, tuple[int, int, bool, Once]] = {}  # what was told last
+        kept: dict[Any, Once] = {}
 
         def told_eoi(info: IrqInfo, spurious: bool) -> None:
             try:
-                told = said[info][info.evtchn][kernel.cpu][spurious]
+                port, cpu, was_spurious, told = said[info]
+                if port != info.evtchn or cpu != kernel.cpu or spurious is not was_spurious:
+                    raise KeyError
             except KeyError:
                 cpu, port = kernel.cpu, info.evtchn
-                told = probes.fixed("eoi", vcpus[cpu], port or -1, info.desc.irq, spurious)
-                keep(said, told, info, port, cpu, spurious)
+                record = "eoi", vcpus[cpu], port or -1, info.desc.irq, spurious
+                told = keep(kept, record, partial(probes.fixed, *record))
+                put_last(said, info, (port, cpu, spurious, told))
             told()
             eoi(info, spurious)
 
@@ -474,7 +479,8 @@ class EventsBase:
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return handle
         find, vcpu = self._evtchn_to_irq.get, self.domain.vcpus[cpu]
-        said: dict[Any, Any] = {}
+        said: dict[int, tuple[IrqInfo, bool, object, Once, Once]] = {}  # what was told last
+        kept: dict[Any, Once] = {}
 
         def told(port: int) -> None:
             info = find(port)
@@ -483,12 +489,15 @@ class EventsBase:
                 return
             desc = info.desc
             try:
-                entry, leave = said[info][port][desc.disabled or desc.in_progress][desc.actions]
+                of, silent, actions, entry, leave = said[port]
+                if of is not info or actions is not desc.actions or silent is not (desc.disabled or desc.in_progress):
+                    raise KeyError
             except KeyError:
                 silent, actions = desc.disabled or desc.in_progress, desc.actions
-                entry = probes.fixed("irq_entry", vcpu, port, desc.irq, () if silent else actions)
-                leave = probes.fixed("irq_exit", vcpu, port, desc.irq)
-                keep(said, (entry, leave), info, port, silent, actions)
+                begin = "irq_entry", vcpu, port, desc.irq, () if silent else actions
+                end = "irq_exit", vcpu, port, desc.irq
+                entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
+                put_last(said, port, (info, silent, actions, entry, leave))
             entry()
             try:
                 handle(port)

@@ -23,7 +23,7 @@ from pvirq.linux.xenlinux_evtchn import XenLinuxEvtchnUser
 from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_VIRQ, XenLinuxPorts
 from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState, Ways
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Once, keep
+from pvirq.xen.probes import Once, keep, put_last
 
 # As whose interrupt instruments see the event of a port that has none.
 _DEVICE: Final = (IrqAction(lambda irq, dev_id: IRQ_HANDLED, 0, "evtchn", None),)
@@ -221,13 +221,18 @@ class XenLinux(XenLinuxPorts):
             return find, do_irq, device
         vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
         latest = 0
-        said: dict[Any, Any] = {}
+        said: dict[int, tuple[int, int, object, Once, Once]] = {}  # what was told last
+        kept: dict[Any, Once] = {}
 
         def ends(port: int, irq: int) -> tuple[Once, Once]:
             desc = descs.get(irq)
             status, actions = (desc.status & disabled, desc.actions) if desc is not None else (0, ())
-            entry = probes.fixed("irq_entry", vcpu, port, irq, () if status else actions)
-            return keep(said, (entry, probes.fixed("irq_exit", vcpu, port, irq)), port, irq, status, actions)
+            begin = "irq_entry", vcpu, port, irq, () if status else actions
+            end = "irq_exit", vcpu, port, irq
+            entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
+            if desc is not None:
+                put_last(said, irq, (port, status, actions, entry, leave))
+            return entry, leave
 
         device_entry, device_exit = partial(probes.fixed, "irq_entry", vcpu), partial(probes.fixed, "irq_exit", vcpu)
 
@@ -240,7 +245,9 @@ class XenLinux(XenLinuxPorts):
             port = latest
             try:
                 desc = descs[irq]
-                entry, leave = said[port][irq][desc.status & disabled][desc.actions]
+                of, status, actions, entry, leave = said[irq]
+                if of != port or status != desc.status & disabled or actions is not desc.actions:
+                    raise KeyError
             except KeyError:
                 entry, leave = ends(port, irq)
             entry()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Final
 
@@ -121,8 +122,8 @@ class ProbedGuest:
         said: dict[Vcpu, tuple[Once, dict[str, Once]]] = {}
 
         def ends(vcpu: Vcpu) -> tuple[Once, dict[str, Once]]:
-            begin = probes.fixed("run", vcpu)
-            return keep(said, (begin, {why: probes.fixed("stop", vcpu, why) for why in _REASONS}), vcpu)
+            said[vcpu] = probes.fixed("run", vcpu), {why: probes.fixed("stop", vcpu, why) for why in _REASONS}
+            return said[vcpu]
 
         def in_front(vcpu: Vcpu, until_ticks: int | None) -> None:
             try:
@@ -269,17 +270,17 @@ def _told_operation(name: str, handler: Hypercall, count: int, vcpu: Vcpu, probe
         command = first & 0xFFFFFFFF
         call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
         if name != "event_channel_op":
-            return keep(said, (None, 0, probes.fixed_call(vcpu, call, count), None), first)
+            return None, 0, probes.fixed_call(vcpu, call, count), None
         layout, values = forms.get(command, (None, 1))
         address = probes.fixed_call(vcpu, call, 1)
         told = address if values == 1 else probes.fixed_call(vcpu, call, values)
-        return keep(said, (layout, values, told, address), first)
+        return layout, values, told, address
 
     def in_front(cpu: PvVcpu, *arguments: int) -> int:
         try:
             layout, count, told, address = said[arguments[0]]
         except KeyError:
-            layout, count, told, address = operation(arguments[0])
+            layout, count, told, address = keep(said, arguments[0], partial(operation, arguments[0]))
         values: Sequence[int] = arguments
         if address is not None:  # what the struct says of an event channel operation; where it can't be read, where
             values = arguments[1:2]

@@ -8,6 +8,7 @@ guests.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from pvirq.xen.sched import check_pollers, mark_events_pending
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
-    from pvirq.xen.probes import Probes
+    from pvirq.xen.probes import Once, Probes
 
 
 class TwoLevel:
@@ -70,22 +71,27 @@ class TwoLevel:
         return probes.MASKED if self._mem[self._mask + at] & bit else probes.PENDING
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
-        """`set_pending`, after telling instruments what it will come to: by what tells that for these bits."""
+        """`set_pending`, after telling instruments what it will come to: mostly the same as the last time."""
         set_pending, mem = MethodType(TwoLevel.set_pending, self), self._mem
-        said: dict[Channel, tuple[int, int, int, dict[Any, Any]]] = {}
+        # Where a port's bits are and how they were, to and by whom.
+        said: dict[Channel, tuple[int, int, int, int, int, Vcpu, Vcpu | None, Once]] = {}
+        kept: dict[Any, Once] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                pending, mask, bit, tells = said[channel]
-                tell = tells[vcpu][instruments.current][mem[pending] & bit][mem[mask] & bit]
+                pending, mask, bit, is_pending, is_masked, to, by, tell = said[channel]
+                if (
+                    mem[pending] & bit != is_pending or mem[mask] & bit != is_masked
+                    or to is not vcpu or by is not instruments.current
+                ):  # fmt: skip
+                    raise KeyError
             except KeyError:
                 at, bit, by = channel.port >> 3, 1 << (channel.port & 7), instruments.current
                 pending, mask = self._pending + at, self._mask + at
-                tell = instruments.fixed("raised", vcpu, channel, self.outcome(vcpu, channel), by)
-                if len(said) >= probes.MOST_SAID:
-                    said.clear()
-                tells = said.setdefault(channel, (pending, mask, bit, {}))[3]
-                probes.keep(tells, tell, vcpu, by, mem[pending] & bit, mem[mask] & bit)
+                record = "raised", vcpu, channel, self.outcome(vcpu, channel), by
+                tell = probes.keep(kept, record, partial(instruments.fixed, *record))
+                last = pending, mask, bit, mem[pending] & bit, mem[mask] & bit, vcpu, by, tell
+                probes.put_last(said, channel, last)
             tell()
             set_pending(vcpu, channel)
 

@@ -12,6 +12,7 @@ succeeds, and BUSY, which only the retries set, is at most cleared.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,7 +72,8 @@ class Fifo:
         self._array: list[int] = []  # pages of event words, as index into u32 of their first word
         self._control: list[int] = [0] * len(domain.vcpus)  # control blocks likewise; 0: none yet
         self._tails = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
-        self._said: dict[Channel, tuple[int, dict[Any, Any]]] = {}  # where ports have their flags, what tells of them
+        # What was told last of ports: where their flags are, how they were, to and by whom.
+        self._said: dict[Channel, tuple[int, int, Vcpu, Vcpu | None, Once]] = {}
 
     @staticmethod
     def check_offset(offset: int) -> None:
@@ -191,33 +193,27 @@ class Fifo:
         return probes.MASKED if flags & FLAG_MASKED else probes.PENDING
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
-        """`set_pending`, after telling instruments what it will come to: by what tells that for these flags."""
+        """`set_pending`, after telling instruments what it will come to: mostly the same as the last time."""
         set_pending, mem, said = MethodType(Fifo.set_pending, self), self._mem, self._said
         said.clear()
+        kept: dict[Any, Once] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                at, tells = said[channel]
-                tell = tells[vcpu][instruments.current][mem[at]]
+                at, flags, to, by, tell = said[channel]
+                if mem[at] != flags or to is not vcpu or by is not instruments.current:
+                    raise KeyError
             except KeyError:
-                tell = self._tell_pending(instruments, vcpu, channel)
+                outcome, by = self.outcome(vcpu, channel), instruments.current
+                record = "raised", vcpu, channel, outcome, by
+                tell = probes.keep(kept, record, partial(instruments.fixed, *record))
+                if outcome not in (probes.WAITING, probes.LOST):  # it has its flags already
+                    at = (self._word(channel.port) << 2) + 3
+                    probes.put_last(said, channel, (at, mem[at], vcpu, by, tell))
             tell()
             set_pending(vcpu, channel)
 
         return told
-
-    def _tell_pending(self, instruments: Probes, vcpu: Vcpu, channel: Channel) -> Once:
-        """What tells of an event that is to be raised now; kept, where the port has its flags already."""
-        outcome, by = self.outcome(vcpu, channel), instruments.current
-        tell = instruments.fixed("raised", vcpu, channel, outcome, by)
-        if outcome not in (probes.WAITING, probes.LOST):
-            if channel not in self._said:
-                if len(self._said) >= probes.MOST_SAID:
-                    self._said.clear()
-                self._said[channel] = (self._word(channel.port) << 2) + 3, {}
-            at, tells = self._said[channel]
-            probes.keep(tells, tell, vcpu, by, self._mem[at])
-        return tell
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.

@@ -192,17 +192,21 @@ K = TypeVar("K")
 MOST_SAID: Final = 100_000  # of what is kept by `keep`
 
 
-def keep(said: dict[Any, Any], once: K, *keys: object) -> K:
-    """Keep what tells a record by what that hangs on: a dict a key, one in the other.
+def keep(said: dict[Any, K], key: object, make: Callable[[], K]) -> K:
+    """What tells a record, by what that hangs on; made when it is wanted for the first time."""
+    once = said.get(key)
+    if once is None:
+        if len(said) >= MOST_SAID:
+            said.clear()
+        once = said[key] = make()
+    return once
 
-    Those are exact dicts because CPython looks those up faster by far than others, or one with tuples.
-    """
+
+def put_last(said: dict[Any, K], key: object, last: K) -> None:
+    """The same for what is looked at before: what was told last."""
     if len(said) >= MOST_SAID:
         said.clear()
-    for key in keys[:-1]:
-        said = said.setdefault(key, {})
-    said[keys[-1]] = once
-    return once
+    said[key] = last
 
 
 class Probed(Protocol):
@@ -446,7 +450,7 @@ class Probes:
                 try:
                     told = said[vcpu]
                 except KeyError:
-                    told = keep(said, self.fixed("woken", vcpu), vcpu)
+                    told = keep(said, vcpu, partial(self.fixed, "woken", vcpu))
                 told()
                 wake(vcpu)
 
