@@ -87,6 +87,7 @@ class Recorder(Instrument):
         self._book = Book.of(self.events, self._values, self._empty_book)  # what engines note without Python
         self._known: list[Shape | tuple[Vcpu, ReadNote]] = []  # what those notes are, by number
         self._numbers: dict[Shape, int] = {}
+        self._timed, self._stopped = self._make_timed(), self._make_stopped()
         self._noted = bytearray()  # those that were in the book
 
     def begin(self) -> None:
@@ -170,34 +171,11 @@ class Recorder(Instrument):
         name = record[0]
         if name not in self._wanted or name in ("hypercall", "hypercall_done"):
             return None
-        clock, probes = self._hypervisor.clock, self._hypervisor.probes
-        append, put, now = self.events.append, self._values.append, clock.now
-        timed = clock.counts and not self._at_once(record)
+        timed = self._hypervisor.clock.counts and not self._at_once(record)
         shape = self._shapes.of(record, timed)
         if not timed:
-            return partial(append, shape)
-
-        def told() -> None:
-            try:
-                put(now())
-                append(shape)
-            except BaseException:
-                self._realign()
-                raise
-
-        if name == "stop":
-            return self._stopping(shape)
-        if name != "woken" or "raised" not in self._wanted:
-            return told
-        behind = self._shapes.of(record, False)
-
-        def woken() -> None:
-            if probes.current is None:
-                told()  # a timer's
-            else:
-                append(behind)  # what woke it
-
-        return woken
+            return self.events.append, shape
+        return self._stopped if name == "stop" else self._timed, shape
 
     @property
     def book(self) -> Book | None:
@@ -235,17 +213,31 @@ class Recorder(Instrument):
             return once
 
         def tell(record: Record) -> None:
-            keep(said, record, partial(make, record))()
+            put, shape = keep(said, record, partial(make, record))
+            put(shape)
 
         return tell
 
-    def _stopping(self, shape: Shape) -> Once:
+    def _make_timed(self) -> Callable[[Shape], None]:
+        append, put, now = self.events.append, self._values.append, self._hypervisor.clock.now
+
+        def timed(shape: Shape) -> None:
+            try:
+                put(now())
+                append(shape)
+            except BaseException:
+                self._realign()
+                raise
+
+        return timed
+
+    def _make_stopped(self) -> Callable[[Shape], None]:
         """A real guest's turn is over: the moment to look how much there is."""
         events, put, now = self.events, self._values.append, self._hypervisor.clock.now
         append, full, most = events.append, FULL, MOST_NOTES // 2
         book = (0,) if self._book is None else self._book.items
 
-        def stop() -> None:
+        def stopped(shape: Shape) -> None:
             try:
                 put(now())
                 append(shape)
@@ -255,7 +247,7 @@ class Recorder(Instrument):
             if len(events) > full or book[USED] > most:
                 self._filled()
 
-        return stop
+        return stopped
 
     def _filled(self) -> None:
         self._empty_book()

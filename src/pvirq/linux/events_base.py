@@ -45,7 +45,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Once, Probes, keep, put, put_last
+from pvirq.xen.probes import Once, Probes, Tell, keep, put, put_last
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -455,20 +455,20 @@ class EventsBase:
             put(late, "eoi", None)
             return
         eoi, vcpus, kernel = MethodType(type(late).eoi, late), self.domain.vcpus, self.kernel
-        said: dict[IrqInfo, tuple[int, int, bool, Once]] = {}  # what was told last
+        said: dict[IrqInfo, tuple[int, int, bool, Tell, Any]] = {}  # what was told last
         kept: dict[Any, Once] = {}
 
         def told_eoi(info: IrqInfo, spurious: bool) -> None:
             try:
-                port, cpu, was_spurious, told = said[info]
+                port, cpu, was_spurious, tell, what = said[info]
                 if port != info.evtchn or cpu != kernel.cpu or spurious is not was_spurious:
                     raise KeyError
             except KeyError:
                 cpu, port = kernel.cpu, info.evtchn
                 record = "eoi", vcpus[cpu], port or -1, info.desc.irq, spurious
-                told = keep(kept, record, partial(probes.fixed, *record))
-                put_last(said, info, (port, cpu, spurious, told))
-            told()
+                tell, what = keep(kept, record, partial(probes.fixed, *record))
+                put_last(said, info, (port, cpu, spurious, tell, what))
+            tell(what)
             eoi(info, spurious)
 
         put(late, "eoi", told_eoi)
@@ -498,11 +498,13 @@ class EventsBase:
                 end = "irq_exit", vcpu, port, desc.irq
                 entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
                 put_last(said, port, (info, silent, actions, entry, leave))
-            entry()
+            tell, what = entry
+            tell(what)
             try:
                 handle(port)
             finally:
-                leave()
+                tell, what = leave
+                tell(what)
 
         return told
 

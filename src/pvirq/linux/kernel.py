@@ -194,23 +194,23 @@ class Kernel(Generic[P]):
         said: list[tuple[Once, Once, Once, deque[Callable[[], object]], Callable[[], object]] | None]
         said = [None] * len(self._cpus)
 
-        def run(vcpu: Vcpu) -> None:
+        def told_run(vcpu: Vcpu) -> None:
             cpu = vcpu.vcpu_id
             turn = said[cpu]
             if turn is None:
                 told = probes.fixed("run", vcpu), probes.fixed("upcall", vcpu), probes.fixed("stop", vcpu, DONE)
                 turn = said[cpu] = *told, self._cpus[cpu].work, self.events.upcall_entry(cpu)
-            begins, calls, ends, work, upcall = turn
+            (tell_run, run), (tell_upcall, called), (tell_stop, stop), work, upcall = turn
             pending = vcpu.info
             mask = pending + VCPU_INFO_UPCALL_MASK
             before = self.cpu, self._running, probes.current
             self.cpu, self._running, probes.current = cpu, True, vcpu
-            begins()
+            tell_run(run)
             try:
                 while True:
                     if mem[pending]:
                         mem[mask] = 1
-                        calls()
+                        tell_upcall(called)
                         upcall()
                     elif work:
                         mem[mask] = 0
@@ -221,9 +221,9 @@ class Kernel(Generic[P]):
             finally:
                 mem[mask] = 0
                 self.cpu, self._running, probes.current = before
-                ends()
+                tell_stop(stop)
 
-        return run
+        return told_run
 
     # Work for this and other CPUs.
 

@@ -220,7 +220,6 @@ class XenLinux(XenLinuxPorts):
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return find, do_irq, device
         vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
-        latest = 0
         said: dict[int, tuple[int, int, object, Once, Once]] = {}  # what was told last
         kept: dict[Any, Once] = {}
 
@@ -231,37 +230,35 @@ class XenLinux(XenLinuxPorts):
             end = "irq_exit", vcpu, port, irq
             entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
             if desc is not None:
-                put_last(said, irq, (port, status, actions, entry, leave))
+                put_last(said, port, (irq, status, actions, entry, leave))
             return entry, leave
 
-        device_entry, device_exit = partial(probes.fixed, "irq_entry", vcpu), partial(probes.fixed, "irq_exit", vcpu)
-
-        def told_find(port: int) -> int | None:
-            nonlocal latest
-            latest = port
-            return find(port)
-
-        def told_irq(irq: int) -> None:
-            port = latest
+        def told(port: int) -> None:
+            irq = find(port)
+            if irq is None:
+                tell, what = probes.fixed("irq_entry", vcpu, port, -1, _DEVICE)
+                tell(what)
+                device(port)
+                tell, what = probes.fixed("irq_exit", vcpu, port, -1)
+                tell(what)
+                return
             try:
                 desc = descs[irq]
-                of, status, actions, entry, leave = said[irq]
-                if of != port or status != desc.status & disabled or actions is not desc.actions:
+                of, status, actions, entry, leave = said[port]
+                if of != irq or status != desc.status & disabled or actions is not desc.actions:
                     raise KeyError
             except KeyError:
                 entry, leave = ends(port, irq)
-            entry()
+            tell, what = entry
+            tell(what)
             try:
                 do_irq(irq)
             finally:
-                leave()
+                tell, what = leave
+                tell(what)
 
-        def told_device(port: int) -> None:
-            device_entry(port, -1, _DEVICE)()
-            device(port)
-            device_exit(port, -1)()
-
-        return told_find, told_irq, told_device
+        nothing: dict[int, int] = {}
+        return nothing.get, do_irq, told  # each port has one way, so that no call is only to remember which it was
 
     def force_evtchn_callback(self) -> None:
         """Events have come while they were masked: take them now, as a hypercall's return does in the kernel."""

@@ -13,6 +13,7 @@ from pvirq.abi.errno import XenError
 from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import int32
 from pvirq.pv.irq_watch import NOTHING, IrqWatch, Noting
+from pvirq.pv.vcpu import no_upcall
 from pvirq.xen.probes import (
     BLOCKED,
     DOWN,
@@ -27,7 +28,6 @@ from pvirq.xen.probes import (
     keep,
     nothing,
     put,
-    say_nothing,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class ProbedGuest:
             except KeyError:
                 begin, end = ends(vcpu)
             before, probes.current = probes.current, vcpu
-            begin()
+            tell, what = begin
+            tell(what)
             try:
                 run(vcpu, until_ticks)
             finally:
@@ -146,7 +147,8 @@ class ProbedGuest:
                     why = POLLING
                 else:
                     why = YIELDED if vcpu.yielded or engine.pauses <= 0 else SLICE
-                end[why]()
+                tell, what = end[why]
+                tell(what)
 
         return in_front
 
@@ -176,14 +178,15 @@ class ProbedGuest:
 
     def _probe_upcalls(self, probes: Probes, noting: Noting | None) -> None:
         for cpu in self._guest.cpus:
-            in_front, cpu.upcall_unnoted = None, say_nothing
+            in_front, cpu.upcall_unnoted = None, no_upcall
             if probes.on_upcall is not None:
                 number = None if noting is None else noting.number(("upcall", cpu.vcpu))
                 if number is None or noting is None:
                     in_front = _told_upcall(cpu, probes)
                 else:
                     noting.calls.note_upcalls(cpu.slot, number)
-                    cpu.upcall_unnoted = probes.fixed("upcall", cpu.vcpu)
+                    tell, what = probes.fixed("upcall", cpu.vcpu)
+                    cpu.upcall_unnoted = partial(tell, what)
             put(cpu, "deliver_events", in_front)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
@@ -211,12 +214,12 @@ class ProbedGuest:
 def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
     deliver: Callable[[int], int] = MethodType(type(cpu).deliver_events, cpu)
     vcpu, mem = cpu.vcpu, cpu.domain.machine.mem
-    told = probes.fixed("upcall", vcpu)
+    tell, what = probes.fixed("upcall", vcpu)
 
     def in_front(rip: int) -> int:
         info = vcpu.info
         if mem[info] and not mem[info + 1]:
-            told()
+            tell(what)
         return deliver(rip)
 
     return in_front

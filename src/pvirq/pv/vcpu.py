@@ -115,6 +115,10 @@ _unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
+def no_upcall() -> None:
+    """Where nobody wants to be told of one."""
+
+
 class _Kept:
     """An attribute that is an item of the vCPU's slot, where the engine's short cuts read and change it too."""
 
@@ -186,7 +190,7 @@ class PvVcpu(GuestMemory):
         self.runstate = RUNSTATE_offline
         self.kept[GDT] = guest.window.entries(vcpu.vcpu_id)
         self.hypercalls = guest.hypercalls
-        self.upcall_unnoted: Callable[[], object] = lambda: None  # tells of one where the engine notes all others
+        self.upcall_unnoted: Callable[[], object] = no_upcall  # tells of one where the engine notes all others
         self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
 

@@ -21,7 +21,7 @@ from pvirq.xen.sched import check_pollers, mark_events_pending
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
-    from pvirq.xen.probes import Once, Probes
+    from pvirq.xen.probes import Once, Probes, Tell
 
 
 class TwoLevel:
@@ -74,12 +74,12 @@ class TwoLevel:
         """`set_pending`, after telling instruments what it will come to: mostly the same as the last time."""
         set_pending, mem = MethodType(TwoLevel.set_pending, self), self._mem
         # Where a port's bits are and how they were, to and by whom.
-        said: dict[Channel, tuple[int, int, int, int, int, Vcpu, Vcpu | None, Once]] = {}
+        said: dict[Channel, tuple[int, int, int, int, int, Vcpu, Vcpu | None, Tell, Any]] = {}
         kept: dict[Any, Once] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                pending, mask, bit, is_pending, is_masked, to, by, tell = said[channel]
+                pending, mask, bit, is_pending, is_masked, to, by, tell, what = said[channel]
                 if (
                     mem[pending] & bit != is_pending or mem[mask] & bit != is_masked
                     or to is not vcpu or by is not instruments.current
@@ -89,10 +89,10 @@ class TwoLevel:
                 at, bit, by = channel.port >> 3, 1 << (channel.port & 7), instruments.current
                 pending, mask = self._pending + at, self._mask + at
                 record = "raised", vcpu, channel, self.outcome(vcpu, channel), by
-                tell = probes.keep(kept, record, partial(instruments.fixed, *record))
-                last = pending, mask, bit, mem[pending] & bit, mem[mask] & bit, vcpu, by, tell
+                tell, what = probes.keep(kept, record, partial(instruments.fixed, *record))
+                last = pending, mask, bit, mem[pending] & bit, mem[mask] & bit, vcpu, by, tell, what
                 probes.put_last(said, channel, last)
-            tell()
+            tell(what)
             set_pending(vcpu, channel)
 
         return told

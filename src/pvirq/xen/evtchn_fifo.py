@@ -38,7 +38,7 @@ from pvirq.xen.sched import check_pollers
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
-    from pvirq.xen.probes import Once, Probes
+    from pvirq.xen.probes import Once, Probes, Tell
 
 PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
@@ -73,7 +73,7 @@ class Fifo:
         self._control: list[int] = [0] * len(domain.vcpus)  # control blocks likewise; 0: none yet
         self._tails = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
         # What was told last of ports: where their flags are, how they were, to and by whom.
-        self._said: dict[Channel, tuple[int, int, Vcpu, Vcpu | None, Once]] = {}
+        self._said: dict[Channel, tuple[int, int, Vcpu, Vcpu | None, Tell, Any]] = {}
 
     @staticmethod
     def check_offset(offset: int) -> None:
@@ -200,17 +200,17 @@ class Fifo:
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                at, flags, to, by, tell = said[channel]
+                at, flags, to, by, tell, what = said[channel]
                 if mem[at] != flags or to is not vcpu or by is not instruments.current:
                     raise KeyError
             except KeyError:
                 outcome, by = self.outcome(vcpu, channel), instruments.current
                 record = "raised", vcpu, channel, outcome, by
-                tell = probes.keep(kept, record, partial(instruments.fixed, *record))
+                tell, what = probes.keep(kept, record, partial(instruments.fixed, *record))
                 if outcome not in (probes.WAITING, probes.LOST):  # it has its flags already
                     at = (self._word(channel.port) << 2) + 3
-                    probes.put_last(said, channel, (at, mem[at], vcpu, by, tell))
-            tell()
+                    probes.put_last(said, channel, (at, mem[at], vcpu, by, tell, what))
+            tell(what)
             set_pending(vcpu, channel)
 
         return told

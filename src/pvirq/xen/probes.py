@@ -47,8 +47,8 @@ Deadline = Callable[["Vcpu", int], int]
 Record = Sequence[Any]
 """What a hook is told: its name, its arguments, and for `raised` and `unmasked` who did it (`Probes.current`)."""
 Tell = Callable[[Record], object]
-Once = Callable[[], object]
-"""Tells one and the same record, each time that it is called (`Probes.fixed`)."""
+Once = tuple[Callable[[Any], object], Any]
+"""Tells one and the same record, each time that the one is called with the other (`Probes.fixed`)."""
 
 
 ReadNote = Callable[[int, Sequence[int], bool], tuple[str, Sequence[int]]]
@@ -90,7 +90,8 @@ class Instrument:
         return {name: _call(name, getattr(self, name)) for name in names}
 
     def fixed(self, record: Record) -> Once | None:
-        """What is to be called for a record that will be told again and again; None: its hook, with the record.
+        """What is to be called for a record that will be told again and again, and with what; None: its hook, with the
+        record.
 
         So that an instrument can have done beforehand what there is to do with it.
         """
@@ -314,19 +315,12 @@ class Probes:
 
     def fixed(self, *record: Any) -> Once:
         """What tells a record, for who tells it again and again: good until instruments come or go."""
-        tells = [
-            instrument.fixed(record) or partial(hooks[record[0]], record)
+        tells: list[Once] = [
+            instrument.fixed(record) or (hooks[record[0]], record)
             for instrument, hooks in self._hooks
             if record[0] in hooks
         ]
-        if len(tells) == 1:
-            return tells[0]
-
-        def tell() -> None:
-            for each in tells:
-                each()
-
-        return tell if tells else say_nothing
+        return tells[0] if len(tells) == 1 else (_tell_all, tells)
 
     def noting(self, *names: str) -> Instrument | None:
         """The only instrument that wants any of these hooks, if it has a book."""
@@ -448,10 +442,10 @@ class Probes:
 
             def in_front(vcpu: Vcpu) -> None:
                 try:
-                    told = said[vcpu]
+                    tell, what = said[vcpu]
                 except KeyError:
-                    told = keep(said, vcpu, partial(self.fixed, "woken", vcpu))
-                told()
+                    tell, what = keep(said, vcpu, partial(self.fixed, "woken", vcpu))
+                tell(what)
                 wake(vcpu)
 
             hypervisor.on_wake = in_front
@@ -466,8 +460,9 @@ def nothing(record: Record) -> None:
     """Stands where nobody wants to be told."""
 
 
-def say_nothing() -> None:
-    """The same where there is always the same record."""
+def _tell_all(tells: list[Once]) -> None:
+    for tell, what in tells:
+        tell(what)
 
 
 def _call_told(vcpu: Vcpu, name: str, hooks: Mapping[str, Tell]) -> Call:
