@@ -11,7 +11,7 @@ A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, Final
@@ -45,7 +45,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Once, Probes, Tell, keep, put, put_last
+from pvirq.xen.probes import Action, Once, Probes, Tell, keep, put, put_last
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -72,6 +72,7 @@ class EventsBase:
         nr_cpus = irq.nr_cpus
         self.ops: EventsFifo | Events2l
         self._evtchn_to_irq: dict[int, IrqInfo] = {}
+        self._told: dict[Any, tuple[Once, Once]] = {}  # what tells of interrupts
         self._virq_to_irq = [[-1] * NR_VIRQS for _ in range(nr_cpus)]
         self._ipi_to_irq = [[-1] * len(Ipi) for _ in range(nr_cpus)]
         self._channels_on_cpu = [0] * nr_cpus
@@ -402,6 +403,9 @@ class EventsBase:
         find, irq_epoch = self._evtchn_to_irq.get, self.lateeoi.irq_epoch
         # How long this CPU has been in the event loop (struct evtchn_loop_ctrl).
         count, timeout, defer_eoi = 0, 0, False
+        probes = self.domain.hypervisor.probes
+        told = probes.on_irq_entry is not None or probes.on_irq_exit is not None
+        said: dict[int, tuple[IrqInfo, bool, Sequence[Action], Once, Once]] = {}  # what was told last, by port
 
         def handle_irq_for_port(port: int) -> None:
             nonlocal count, timeout, defer_eoi
@@ -428,9 +432,23 @@ class EventsBase:
             desc = info.desc
             flow = desc.flow
             assert flow is not None
-            flow(desc, cpu)  # generic_handle_irq_desc
-
-        handle = self._told_handle(cpu, handle_irq_for_port)
+            if not told:
+                flow(desc, cpu)  # generic_handle_irq_desc
+                return
+            try:
+                of, silent, actions, (tell, what), leave = said[port]
+                if of is not info or actions is not desc.actions or silent is not (desc.disabled or desc.in_progress):
+                    raise KeyError
+            except KeyError:
+                silent, actions = desc.disabled or desc.in_progress, desc.actions
+                (tell, what), leave = self._tells_irq(probes, cpu, port, desc.irq, () if silent else actions)
+                put_last(said, port, (info, silent, actions, (tell, what), leave))
+            tell(what)
+            try:
+                flow(desc, cpu)
+            finally:
+                tell, what = leave
+                tell(what)
 
         def upcall() -> None:
             nonlocal count, timeout, defer_eoi
@@ -438,7 +456,7 @@ class EventsBase:
             handle_events = self.ops.handle_events
             while True:
                 mem[pending] = 0
-                handle_events(cpu, handle)
+                handle_events(cpu, handle_irq_for_port)
                 if not mem[pending]:
                     break
             # Only now: an EOI is deferred only if it comes from inside the loop above.
@@ -450,6 +468,7 @@ class EventsBase:
 
     def probe(self, probes: Probes) -> None:
         """In front of late EOIs; what is in front of interrupts, `upcall_entry` puts there."""
+        self._told.clear()
         late = self.lateeoi
         if probes.on_eoi is None:
             put(late, "eoi", None)
@@ -473,40 +492,11 @@ class EventsBase:
 
         put(late, "eoi", told_eoi)
 
-    def _told_handle(self, cpu: int, handle: Callable[[int], None]) -> Callable[[int], None]:
-        """`handle_irq_for_port`, with what wants to be told of interrupts around it."""
-        probes = self.domain.hypervisor.probes
-        if probes.on_irq_entry is None and probes.on_irq_exit is None:
-            return handle
-        find, vcpu = self._evtchn_to_irq.get, self.domain.vcpus[cpu]
-        said: dict[int, tuple[IrqInfo, bool, object, Once, Once]] = {}  # what was told last
-        kept: dict[Any, Once] = {}
-
-        def told(port: int) -> None:
-            info = find(port)
-            if info is None or info.is_active:
-                handle(port)
-                return
-            desc = info.desc
-            try:
-                of, silent, actions, entry, leave = said[port]
-                if of is not info or actions is not desc.actions or silent is not (desc.disabled or desc.in_progress):
-                    raise KeyError
-            except KeyError:
-                silent, actions = desc.disabled or desc.in_progress, desc.actions
-                begin = "irq_entry", vcpu, port, desc.irq, () if silent else actions
-                end = "irq_exit", vcpu, port, desc.irq
-                entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
-                put_last(said, port, (info, silent, actions, entry, leave))
-            tell, what = entry
-            tell(what)
-            try:
-                handle(port)
-            finally:
-                tell, what = leave
-                tell(what)
-
-        return told
+    def _tells_irq(self, probes: Probes, cpu: int, port: int, irq: int, actions: Sequence[Action]) -> tuple[Once, Once]:
+        """What tells of an interrupt's begin and end."""
+        vcpu = self.domain.vcpus[cpu]
+        key = vcpu, port, irq, actions
+        return keep(self._told, key, lambda: (probes.fixed("irq_entry", *key), probes.fixed("irq_exit", *key[:3])))
 
     # Chips.
 
