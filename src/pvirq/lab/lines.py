@@ -52,7 +52,7 @@ class Flow:
     __slots__ = ("number",)
 
     def __init__(self) -> None:
-        self.number: int | str = ""  # "": nothing
+        self.number = ""  # "": nothing
 
 
 class Shape:
@@ -167,7 +167,7 @@ class Shapes:
 
     def _pending(self, domid: int, port: int) -> int | None:
         flow = self._flows.get((domid, port))
-        return flow.number if flow is not None and isinstance(flow.number, int) else None
+        return int(flow.number) if flow is not None and flow.number else None
 
     def _raise(self, timed: bool, vcpu: Vcpu, channel: Channel, outcome: str, by: Vcpu | None) -> Shape:
         cause = '"xen"' if by is None else f"[{by.domain.domid},{by.vcpu_id}]"
