@@ -91,11 +91,10 @@ class Crossing:
         """What isn't ordinary goes to `callback`: a ctypes function, for `ON_SYSCALL` or `ON_INTERRUPT`."""
         self.cpu[item] = ctypes.cast(callback, ctypes.c_void_p).value or 0
 
-    @property
-    def calls(self) -> Calls:
-        """What is noted without Python."""
+    def calls(self, fail: Callable[[BaseException], None]) -> Calls:
+        """What is noted without Python; see `Calls`."""
         if self._calls is None:
-            self._calls = Calls(self.data, *self._noting)
+            self._calls = Calls(self.data, *self._noting, fail=fail)
             self.cpu[CALLS] = self._calls.address
         return self._calls
 

@@ -24,7 +24,6 @@ struct note {
 struct book {
     u64 used, room;
     u64 taken;                  /* changes when what stands here is taken away */
-    void (*full)(void);         /* takes it away */
     const u64 *events, *values; /* where Python has the lengths of two lists, so that what it puts there itself and what
                                    stands here can be brought into one order */
     struct note note[];
@@ -57,6 +56,7 @@ struct side {
 
 struct calls {
     struct book *book;          /* 0: nothing is noted */
+    void (*full)(void);         /* takes away what is in it */
     const u64 *generation;      /* what is known is good for as long as this is the same */
     u64 asked;                  /* calls whose return Python waits for */
     u64 sides;
@@ -74,7 +74,7 @@ static struct note *note(struct cpu *c, u64 number)
     struct note *n;
 
     if (b->used >= b->room)
-        b->full();
+        c->calls->full();
     if (b->used >= b->room)
         return NULL;
     n = b->note + b->used++;

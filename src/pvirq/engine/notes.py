@@ -19,8 +19,8 @@ NOTE_ITEMS: Final = 12
 NOTE_FORM: Final = struct.Struct(f"<{NOTE_ITEMS}Q")
 FINISHED, READ = 1 << 32, 1 << 33
 # struct book
-USED, ROOM, TAKEN, FULL, EVENTS_AT, VALUES_AT = range(6)
-NOTE: Final = 6
+USED, ROOM, TAKEN, EVENTS_AT, VALUES_AT = range(5)
+NOTE: Final = 5
 MOST_NOTES: Final = 4096  # in a book
 # struct site
 CPU, ASK, SITE_FIRST, SITE_SECOND, SIZE, RETURNS = range(6)
@@ -29,7 +29,7 @@ SITE_ITEMS: Final = 6
 SIDE_VCPU, HYPERCALLS, UPCALLS, DEPTH = range(4)
 SIDE_ITEMS: Final = 4 + 2 * 8
 # struct calls
-BOOK, GENERATION, ASKED, SIDES, SIDE, HYPERCALLS_THERE, SIZES = range(7)
+BOOK, FULL, GENERATION, ASKED, SIDES, SIDE, HYPERCALLS_THERE, SIZES = range(8)
 OPERATIONS: Final = 16
 BACKS: Final = SIZES + OPERATIONS
 BACK: Final = BACKS + 1
@@ -50,13 +50,13 @@ class Book:
     _books = 0
 
     def __init__(self, events: list[Any], values: list[Any], full: Callable[[], None]) -> None:
-        self._full = ctypes.CFUNCTYPE(None)(full)
+        self._lists = events, values
+        self.full = full
         self._struct = (ctypes.c_uint64 * (NOTE + MOST_NOTES * NOTE_ITEMS))()
         self.address = ctypes.addressof(self._struct)
         self.items = items = memoryview(self._struct).cast("B").cast("Q")
         Book._books += 1
         items[ROOM], items[TAKEN] = MOST_NOTES, Book._books << 32  # told from that of others which lay here
-        items[FULL] = ctypes.cast(self._full, ctypes.c_void_p).value or 0
         items[EVENTS_AT], items[VALUES_AT] = map(_length_of, (events, values))
 
     @staticmethod
@@ -102,8 +102,11 @@ class Site:
 class Calls:
     """What one engine notes by itself, from `begin` to `end`."""
 
-    def __init__(self, cpu: int, on_call: int, on_return: int, know: int) -> None:
-        """The address of the engine's struct cpu, and those of three functions of notes.c."""
+    def __init__(
+        self, cpu: int, on_call: int, on_return: int, know: int, *, fail: Callable[[BaseException], None]
+    ) -> None:
+        """The address of the engine's struct cpu, and those of three functions of notes.c. `fail` is told of what is
+        raised while the engine runs."""
         self._cpu, self._on_call, self._on_return = cpu, on_call, on_return
         self._know = ctypes.PYFUNCTYPE(None, *[ctypes.c_uint64] * 3)(know)
         self._struct = (ctypes.c_uint64 * (KNOWN + KNOWN_ITEMS))()
@@ -111,6 +114,16 @@ class Calls:
         self._items = memoryview(self._struct).cast("B").cast("Q")
         self._sides: dict[int, int] = {}  # by a slot's address: where its struct side is
         self._book: Book | None = None
+
+        def full() -> None:
+            try:
+                if self._book is not None:
+                    self._book.full()
+            except BaseException as failure:
+                fail(failure)
+
+        self._full = ctypes.CFUNCTYPE(None)(full)
+        self._items[FULL] = ctypes.cast(self._full, ctypes.c_void_p).value or 0
 
     def begin(self, book: Book, generation: int, slots: Sequence[Slot]) -> None:
         """Nothing is known yet. What is said of calls is good until the number at the address `generation` changes;

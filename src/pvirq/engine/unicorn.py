@@ -230,7 +230,7 @@ class UnicornEngine:
 
     @property
     def calls(self) -> Calls | None:
-        return None if self._closed else self._crossing.calls
+        return self._crossing.calls(self._fail) if self.shortcuts and not self._closed else None
 
     def watch(self, va: int, callback: Callable[[], None], site: Site | None = None) -> Callable[[], None]:
         # With bounds of one address only the block that is translated there calls the hook: all others are as ever.

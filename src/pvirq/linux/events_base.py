@@ -405,7 +405,9 @@ class EventsBase:
         count, timeout, defer_eoi = 0, 0, False
         probes = self.domain.hypervisor.probes
         told = probes.on_irq_entry is not None or probes.on_irq_exit is not None
-        said: dict[int, tuple[IrqInfo, bool, Sequence[Action], Once, Once]] = {}  # what was told last, by port
+        said: dict[
+            int, tuple[IrqInfo, bool, Sequence[Action], Tell, Any, Tell, Any]
+        ] = {}  # what was told last, by port
 
         def handle_irq_for_port(port: int) -> None:
             nonlocal count, timeout, defer_eoi
@@ -436,19 +438,19 @@ class EventsBase:
                 flow(desc, cpu)  # generic_handle_irq_desc
                 return
             try:
-                of, silent, actions, (tell, what), leave = said[port]
+                of, silent, actions, tell, entry, tell_exit, leave = said[port]
                 if of is not info or actions is not desc.actions or silent is not (desc.disabled or desc.in_progress):
                     raise KeyError
             except KeyError:
                 silent, actions = desc.disabled or desc.in_progress, desc.actions
-                (tell, what), leave = self._tells_irq(probes, cpu, port, desc.irq, () if silent else actions)
-                put_last(said, port, (info, silent, actions, (tell, what), leave))
-            tell(what)
+                tells = self._tells_irq(probes, cpu, port, desc.irq, () if silent else actions)
+                (tell, entry), (tell_exit, leave) = tells
+                put_last(said, port, (info, silent, actions, tell, entry, tell_exit, leave))
+            tell(entry)
             try:
                 flow(desc, cpu)
             finally:
-                tell, what = leave
-                tell(what)
+                tell_exit(leave)
 
         def upcall() -> None:
             nonlocal count, timeout, defer_eoi

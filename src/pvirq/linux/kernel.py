@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pvirq.abi.errno import Errno
 from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
@@ -19,7 +20,7 @@ from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import GenericIrq, Ipi, Personality
 from pvirq.xen import evtchn, sched, vtimer
 from pvirq.xen.domain import Domain, Vcpu
-from pvirq.xen.probes import DONE, Once, Probes, put
+from pvirq.xen.probes import DONE, Probes, put
 from pvirq.xen.timer import NS_PER_S, Timer
 
 if TYPE_CHECKING:
@@ -191,16 +192,15 @@ class Kernel(Generic[P]):
     def _told_run(self, probes: Probes) -> Callable[[Vcpu], None]:
         """`run`, telling of each turn and upcall: the same loop, since one more call for each would be felt."""
         mem = self._mem
-        said: list[tuple[Once, Once, Once, deque[Callable[[], object]], Callable[[], object]] | None]
-        said = [None] * len(self._cpus)
+        said: list[tuple[Any, ...] | None] = [None] * len(self._cpus)
 
         def told_run(vcpu: Vcpu) -> None:
             cpu = vcpu.vcpu_id
             turn = said[cpu]
             if turn is None:
                 told = probes.fixed("run", vcpu), probes.fixed("upcall", vcpu), probes.fixed("stop", vcpu, DONE)
-                turn = said[cpu] = *told, self._cpus[cpu].work, self.events.upcall_entry(cpu)
-            (tell_run, run), (tell_upcall, called), (tell_stop, stop), work, upcall = turn
+                turn = said[cpu] = (*chain(*told), self._cpus[cpu].work, self.events.upcall_entry(cpu))
+            tell_run, run, tell_upcall, called, tell_stop, stop, work, upcall = turn
             pending = vcpu.info
             mask = pending + VCPU_INFO_UPCALL_MASK
             before = self.cpu, self._running, probes.current

@@ -23,7 +23,7 @@ from pvirq.linux.xenlinux_evtchn import XenLinuxEvtchnUser
 from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_VIRQ, XenLinuxPorts
 from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState, Ways
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Once, keep, put_last
+from pvirq.xen.probes import Once, Tell, keep, put_last
 
 # As whose interrupt instruments see the event of a port that has none.
 _DEVICE: Final = (IrqAction(lambda irq, dev_id: IRQ_HANDLED, 0, "evtchn", None),)
@@ -220,7 +220,7 @@ class XenLinux(XenLinuxPorts):
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return find, do_irq, device
         vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
-        said: dict[int, tuple[int, int, object, Once, Once]] = {}  # what was told last
+        said: dict[int, tuple[int, int, object, Tell, Any, Tell, Any]] = {}  # what was told last
         kept: dict[Any, Once] = {}
 
         def ends(port: int, irq: int) -> tuple[Once, Once]:
@@ -230,7 +230,7 @@ class XenLinux(XenLinuxPorts):
             end = "irq_exit", vcpu, port, irq
             entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
             if desc is not None:
-                put_last(said, port, (irq, status, actions, entry, leave))
+                put_last(said, port, (irq, status, actions, *entry, *leave))
             return entry, leave
 
         def told(port: int) -> None:
@@ -244,18 +244,16 @@ class XenLinux(XenLinuxPorts):
                 return
             try:
                 desc = descs[irq]
-                of, status, actions, entry, leave = said[port]
+                of, status, actions, tell, entry, tell_exit, leave = said[port]
                 if of != irq or status != desc.status & disabled or actions is not desc.actions:
                     raise KeyError
             except KeyError:
-                entry, leave = ends(port, irq)
-            tell, what = entry
-            tell(what)
+                (tell, entry), (tell_exit, leave) = ends(port, irq)
+            tell(entry)
             try:
                 do_irq(irq)
             finally:
-                tell, what = leave
-                tell(what)
+                tell_exit(leave)
 
         nothing: dict[int, int] = {}
         return nothing.get, do_irq, told  # each port has one way, so that no call is only to remember which it was

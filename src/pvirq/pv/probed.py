@@ -108,10 +108,9 @@ class ProbedGuest:
             calls.end()
             return None
         calls.begin(one.book, guest.domain.evtchn.generation_at, [cpu.slot for cpu in guest.cpus])
-        wanted = one.hooks().keys()
 
         def number(record: Record) -> int | None:
-            found = one.number(record) if record[0] in wanted else -1
+            found = one.number(record) if getattr(probes, f"on_{record[0]}") is not None else -1
             return None if found is None else found + 1
 
         return Noting(one, calls, number)
