@@ -16,7 +16,7 @@ from pvirq.xen import evtchn, physdev
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.evtchn_channels import Channel
 from pvirq.xen.memory import Machine
-from pvirq.xen.probes import Instrument, Record
+from pvirq.xen.probes import HOOKS, Instrument, Record
 
 KERNELS = ("pvops", "pvops-2l", "2.6.18", "suse")
 
@@ -28,8 +28,7 @@ class Everything(Instrument):
         self.records: list[Record] = []
 
     def hooks(self) -> dict[str, Any]:
-        names = [name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed")]
-        return dict.fromkeys(names, self.records.append)
+        return dict.fromkeys(HOOKS, self.records.append)
 
     def names(self) -> list[str]:
         return [record[0] for record in self.records]
@@ -397,11 +396,13 @@ def test_what_nobody_wants_is_not_in_the_way(host: Host) -> None:
         def upcall(self, vcpu: Vcpu) -> None:
             pass
 
-    host.hypervisor.probes.add(Upcalls())
-    assert attributes(host) == before  # upcall entries are made with it, and nothing else
+    host.hypervisor.probes.add(upcalls := Upcalls())
+    assert "run" in vars(kernel)  # which makes upcalls
+    assert "set_pending" not in vars(ops)
     host.hypervisor.probes.add(outcomes := Outcomes())
-    assert "run" in vars(kernel)  # whose turn it is
     assert "set_pending" in vars(ops)
     assert "unmask" not in vars(ops)
+    host.hypervisor.probes.remove(upcalls)
+    assert "run" in vars(kernel)  # whose turn it is
     host.hypervisor.probes.remove(outcomes)
     assert attributes(host) == before

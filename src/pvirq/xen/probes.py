@@ -86,7 +86,7 @@ class Instrument:
         An instrument that would rather have records than calls gives functions of its own, as `list.append` is one.
         Asked whenever instruments come or go, and when a host's clock begins to run by a counter.
         """
-        names = [name for name in _HOOKS if getattr(type(self), name) is not getattr(Instrument, name)]
+        names = [name for name in HOOKS if getattr(type(self), name) is not getattr(Instrument, name)]
         return {name: _call(name, getattr(self, name)) for name in names}
 
     def fixed(self, record: Record) -> Once | None:
@@ -181,7 +181,8 @@ class Instrument:
 
 
 _NO_HOOKS: Final = ("hooks", "fixed", "fixed_call", "book", "number", "number_of_hypercalls")
-_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
+HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
+"""The names of all that an instrument may be told of."""
 
 
 def _call(name: str, method: Callable[..., None]) -> Tell:
@@ -253,7 +254,7 @@ class Probes:
         self._waker: Callable[[Vcpu], None] | None = None  # the hypervisor's on_wake, where something is in front of it
         self._covered = False
         self._hooks: list[tuple[Instrument, Mapping[str, Tell]]] = []
-        for name in _HOOKS:
+        for name in HOOKS:
             setattr(self, f"on_{name}", None)
 
     def add(self, instrument: Instrument) -> None:
@@ -302,7 +303,7 @@ class Probes:
         if not (self.instruments or self.filters or self._covered):
             return
         self._covered = bool(self.instruments or self.filters)
-        told: dict[str, list[Tell]] = {name: [] for name in _HOOKS}
+        told: dict[str, list[Tell]] = {name: [] for name in HOOKS}
         self._hooks = [(instrument, instrument.hooks()) for instrument in self.instruments]
         for _, hooks in self._hooks:
             for name, tell in hooks.items():
