@@ -7,6 +7,9 @@ allocated that way, of which the garbage collector would want to know.
 A time is recorded only where it may have gone on. Without a counter (modelled domains alone) it stands still between
 two jumps of the clock. Where it counts what guests execute, it goes on in the turns of real guests, from one of their
 exits to the next, and stands still in those of modelled ones.
+
+What happens in a real guest its engine notes by itself, each with its time (`pvirq.engine.notes`): such a note says how
+long both lists were then, and so where it belongs.
 """
 
 from __future__ import annotations
@@ -105,6 +108,7 @@ class Recorder(Instrument):
         text = self._chunks.text(events, values)
         self.events.clear()
         self._values.clear()
+        self._noted.clear()
         return text
 
     def _empty_book(self) -> None:
@@ -136,7 +140,6 @@ class Recorder(Instrument):
             events.append(done if hypercall & FINISHED else without)
         events += self.events[event:]
         values += self._values[value:]
-        self._noted.clear()
         return events, values
 
     @property
