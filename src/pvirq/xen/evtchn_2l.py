@@ -8,7 +8,6 @@ guests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from pvirq.xen.sched import check_pollers, mark_events_pending
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
-    from pvirq.xen.probes import Once, Probes, Tell
+    from pvirq.xen.probes import Probes
 
 
 class TwoLevel:
@@ -71,27 +70,20 @@ class TwoLevel:
         return probes.MASKED if self._mem[self._mask + at] & bit else probes.PENDING
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
-        """`set_pending`, after telling instruments what it will come to: mostly the same as the last time."""
+        """`set_pending`, after telling instruments what it will come to: by what tells that for these bits."""
         set_pending, mem = MethodType(TwoLevel.set_pending, self), self._mem
-        # Where a port's bits are and how they were, to and by whom.
-        said: dict[Channel, tuple[int, int, int, int, int, Vcpu, Vcpu | None, Tell, Any]] = {}
-        kept: dict[Any, Once] = {}
+        said: dict[Channel, tuple[int, int, int, dict[Any, Any]]] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                pending, mask, bit, is_pending, is_masked, to, by, tell, what = said[channel]
-                if (
-                    mem[pending] & bit != is_pending or mem[mask] & bit != is_masked
-                    or to is not vcpu or by is not instruments.current
-                ):  # fmt: skip
-                    raise KeyError
+                pending, mask, bit, tells = said[channel]
+                tell, what = tells[vcpu][instruments.current][mem[pending] & bit][mem[mask] & bit]
             except KeyError:
                 at, bit, by = channel.port >> 3, 1 << (channel.port & 7), instruments.current
                 pending, mask = self._pending + at, self._mask + at
-                record = "raised", vcpu, channel, self.outcome(vcpu, channel), by
-                tell, what = probes.keep(kept, record, partial(instruments.fixed, *record))
-                last = pending, mask, bit, mem[pending] & bit, mem[mask] & bit, vcpu, by, tell, what
-                probes.put_last(said, channel, last)
+                tells = probes.keep(said, channel, lambda: (pending, mask, bit, {}))[3]
+                once = instruments.fixed("raised", vcpu, channel, self.outcome(vcpu, channel), by)
+                tell, what = probes.nest(tells, once, vcpu, by, mem[pending] & bit, mem[mask] & bit)
             tell(what)
             set_pending(vcpu, channel)
 

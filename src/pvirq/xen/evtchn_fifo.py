@@ -12,7 +12,6 @@ succeeds, and BUSY, which only the retries set, is at most cleared.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,7 +37,7 @@ from pvirq.xen.sched import check_pollers
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
     from pvirq.xen.evtchn_channels import Channel
-    from pvirq.xen.probes import Once, Probes, Tell
+    from pvirq.xen.probes import Once, Probes
 
 PENDING: Final = 1 << EVTCHN_FIFO_PENDING
 MASKED: Final = 1 << EVTCHN_FIFO_MASKED
@@ -72,8 +71,7 @@ class Fifo:
         self._array: list[int] = []  # pages of event words, as index into u32 of their first word
         self._control: list[int] = [0] * len(domain.vcpus)  # control blocks likewise; 0: none yet
         self._tails = [[0] * EVTCHN_FIFO_MAX_QUEUES for _ in domain.vcpus]
-        # What was told last of ports: where their flags are, how they were, to and by whom.
-        self._said: dict[Channel, tuple[int, int, Vcpu, Vcpu | None, Tell, Any]] = {}
+        self._said: dict[Channel, tuple[int, dict[Any, Any]]] = {}  # where ports have their flags, what tells of them
 
     @staticmethod
     def check_offset(offset: int) -> None:
@@ -193,27 +191,29 @@ class Fifo:
         return probes.MASKED if flags & FLAG_MASKED else probes.PENDING
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
-        """`set_pending`, after telling instruments what it will come to: mostly the same as the last time."""
+        """`set_pending`, after telling instruments what it will come to: by what tells that for these flags."""
         set_pending, mem, said = MethodType(Fifo.set_pending, self), self._mem, self._said
         said.clear()
-        kept: dict[Any, Once] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                at, flags, to, by, tell, what = said[channel]
-                if mem[at] != flags or to is not vcpu or by is not instruments.current:
-                    raise KeyError
+                at, tells = said[channel]
+                tell, what = tells[vcpu][instruments.current][mem[at]]
             except KeyError:
-                outcome, by = self.outcome(vcpu, channel), instruments.current
-                record = "raised", vcpu, channel, outcome, by
-                tell, what = probes.keep(kept, record, partial(instruments.fixed, *record))
-                if outcome not in (probes.WAITING, probes.LOST):  # it has its flags already
-                    at = (self._word(channel.port) << 2) + 3
-                    probes.put_last(said, channel, (at, mem[at], vcpu, by, tell, what))
+                tell, what = self._tell_pending(instruments, vcpu, channel)
             tell(what)
             set_pending(vcpu, channel)
 
         return told
+
+    def _tell_pending(self, instruments: Probes, vcpu: Vcpu, channel: Channel) -> Once:
+        """What tells of an event that is to be raised now; kept, where the port has its flags already."""
+        outcome, by = self.outcome(vcpu, channel), instruments.current
+        once = instruments.fixed("raised", vcpu, channel, outcome, by)
+        if outcome not in (probes.WAITING, probes.LOST):
+            at, tells = probes.keep(self._said, channel, lambda: ((self._word(channel.port) << 2) + 3, {}))
+            probes.nest(tells, once, vcpu, by, self._mem[at])
+        return once
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.

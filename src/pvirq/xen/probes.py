@@ -204,6 +204,17 @@ def keep(said: dict[Any, K], key: object, make: Callable[[], K]) -> K:
     return once
 
 
+def nest(said: dict[Any, Any], last: K, *keys: object) -> K:
+    """The same by several keys, for what is looked up most: a dict a key, one in the other.
+
+    Those are exact dicts because CPython looks those up faster by far than others, or one with tuples.
+    """
+    for key in keys[:-1]:
+        said = said.setdefault(key, {})
+    said[keys[-1]] = last
+    return last
+
+
 def put_last(said: dict[Any, K], key: object, last: K) -> None:
     """The same for what is looked at before: what was told last."""
     if len(said) >= MOST_SAID:
