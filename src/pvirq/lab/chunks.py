@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from pvirq.lab.lines import HANDLED, NEW_FLOW, RARE, SAME_FLOW, Flow, Shape, Shapes
 
-MOST_SHAPES: Final = 32  # of a chunk
+FEW_SHAPES: Final = 12  # of a chunk that ends where shapes often do
+MOST_SHAPES: Final = 48  # of any
 MOST_CHUNKS: Final = 10_000  # that are kept
 # In a template: where something is put in; a real %; and the time, where all of its lines have the same, known before.
 _PUT_IN, _PERCENT, _TIME = "\0", "\1", "\2"
@@ -136,7 +137,7 @@ class Chunks:
         found: list[Shape] = []
         for shape in shapes[at : at + MOST_SHAPES]:
             found.append(shape)
-            if shape.ends:
+            if shape.ends and len(found) >= FEW_SHAPES:
                 break
         key = tuple(found)
         chunk = self._chunks.get(key)

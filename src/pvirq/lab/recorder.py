@@ -14,6 +14,7 @@ long both lists were then, and so where it belongs.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -22,12 +23,13 @@ from pvirq.engine.notes import FINISHED, MOST_NOTES, NOTE_FORM, READ, USED, Book
 from pvirq.lab.chunks import Chunks
 from pvirq.lab.lines import MOST_KEPT, Shape, Shapes
 from pvirq.xen.evtchn_channels import ECS_INTERDOMAIN, ECS_IPI, ECS_PIRQ, ECS_UNBOUND, ECS_VIRQ, Channel
-from pvirq.xen.probes import Call, Instrument, Once, ReadNote, Record, Tell, keep, nothing
+from pvirq.xen.probes import Call, Instrument, NoteForm, Once, ReadNote, Record, Tell, keep, nothing
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 
 M32: Final = 0xFFFFFFFF
+_pack_struct: Final = struct.Struct("<4Q").pack  # what notes have for arguments, from the third on
 FULL: Final = 1 << 16  # events: of more, lines are made at the end of a real guest's turn, or when time jumps
 
 # The kinds of a trace's events, and the hooks that they come from.
@@ -90,6 +92,7 @@ class Recorder(Instrument):
         self._book = Book.of(self.events, self._values, self._empty_book)  # what engines note without Python
         self._known: list[Shape | tuple[Vcpu, ReadNote]] = []  # what those notes are, by number
         self._numbers: dict[Shape, int] = {}
+        self._forms: dict[tuple[int, int, int], tuple[NoteForm, tuple[Shape, Shape]]] = {}
         self._timed, self._stopped = self._make_timed(), self._make_stopped()
         self._noted = bytearray()  # those that were in the book
 
@@ -120,27 +123,46 @@ class Recorder(Instrument):
         events: list[Shape] = []
         values: list[Any] = []
         event = value = 0
-        known, ns = self._known, self._hypervisor.clock.ticks_to_ns
-        for event_behind, value_behind, number, ticks, hypercall, *arguments, result in NOTE_FORM.iter_unpack(
-            self._noted
-        ):
-            events += self.events[event:event_behind]
-            values += self._values[value:value_behind]
-            event, value = event_behind, value_behind
+        known, ns, told, told_values = self._known, self._hypervisor.clock.ticks_to_ns, self.events, self._values
+        for at, values_at, number, ticks, hypercall, *arguments, result in NOTE_FORM.iter_unpack(self._noted):
+            if at != event:
+                events += told[event:at]
+                event = at
+            if values_at != value:
+                values += told_values[value:values_at]
+                value = values_at
             values.append(ns(ticks))
             what = known[number]
             if isinstance(what, Shape):
                 events.append(what)
                 continue
-            vcpu, read = what
-            name, told = read(hypercall & M32, arguments, bool(hypercall & READ))
-            without, done = self._shapes.of_hypercall(vcpu, name, len(told))
-            values += told
+            form, shapes = self._form(what, number, hypercall, arguments[0])
+            if form.layout is not None:
+                values += form.layout.unpack_from(_pack_struct(*arguments[2:]))[: form.values]
+            else:
+                values += arguments[form.first : form.first + form.values]
             values.append(result - (result >> 63 << 64))
-            events.append(done if hypercall & FINISHED else without)
+            events.append(shapes[hypercall & FINISHED != 0])
         events += self.events[event:]
         values += self._values[value:]
         return events, values
+
+    def _form(
+        self, what: tuple[Vcpu, ReadNote], number: int, hypercall: int, first: int
+    ) -> tuple[NoteForm, tuple[Shape, Shape]]:
+        """How a hypercall's note is to be read, and what its line is without and with a result."""
+        hypercall &= ~FINISHED
+        known = self._forms.get((number, hypercall, 0))
+        if known is None or known[0].by_operation:
+            known = self._forms.get((number, hypercall, first))
+            if known is None:
+                vcpu, read = what
+                form = read(hypercall & M32, first, hypercall & READ != 0)
+                known = form, self._shapes.of_hypercall(vcpu, form.name, form.values)
+                if len(self._forms) >= MOST_KEPT:
+                    self._forms.clear()
+                self._forms[number, hypercall, first if form.by_operation else 0] = known
+        return known
 
     @property
     def unwritten(self) -> bool:

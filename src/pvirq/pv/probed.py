@@ -22,6 +22,7 @@ from pvirq.xen.probes import (
     SLICE,
     YIELDED,
     Call,
+    NoteForm,
     Once,
     Probes,
     Record,
@@ -224,19 +225,19 @@ def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
     return in_front
 
 
-def _read_note(number: int, noted: Sequence[int], has_struct: bool) -> tuple[str, Sequence[int]]:
+def _read_note(number: int, first: int, has_struct: bool) -> NoteForm:
     """What such a hypercall is told of, where the engine has noted it (`ReadNote`)."""
     name, count = _HYPERCALLS.get(number, f"hypercall {number}"), HYPERCALLS[number][1]
     if name not in _OPERATIONS:
-        return name, noted[:count]
-    command = noted[0] & 0xFFFFFFFF
+        return NoteForm(name, 0, count)
+    command = first & 0xFFFFFFFF
     call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
     if name != "event_channel_op":
-        return call, noted[:count]
+        return NoteForm(call, 0, count, by_operation=True)
     if not has_struct:
-        return call, noted[1:2]
+        return NoteForm(call, 1, 1, by_operation=True)
     layout, count = _EVTCHN_ARGUMENTS[command]
-    return call, layout.unpack_from(struct.pack("<4Q", *noted[2:]))[:count]
+    return NoteForm(call, 2, count, layout, by_operation=True)
 
 
 def _told_hypercall(number: int, handler: Hypercall, arguments: int, cpu: PvVcpu, probes: Probes) -> Hypercall:

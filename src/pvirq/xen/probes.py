@@ -8,6 +8,7 @@ object, and does.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
@@ -51,8 +52,18 @@ Once = tuple[Callable[[Any], object], Any]
 """Tells one and the same record, each time that the one is called with the other (`Probes.fixed`)."""
 
 
-ReadNote = Callable[[int, Sequence[int], bool], tuple[str, Sequence[int]]]
-"""Of a hypercall's number, what its note has for arguments, and whether a struct was read: name, and arguments."""
+class NoteForm(NamedTuple):
+    """What a hypercall that was noted in a book is told of (`Instrument.number_of_hypercalls`)."""
+
+    name: str
+    first: int  # of what the note has for arguments, from this one on so many
+    values: int
+    layout: struct.Struct | None = None  # they stand in the struct that begins with the first of them
+    by_operation: bool = False  # all this hangs on the first argument as well
+
+
+ReadNote = Callable[[int, int, bool], NoteForm]
+"""Of a hypercall's number, its first argument, and whether the note has a struct."""
 
 
 class Call(NamedTuple):
