@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pvirq.toolstack.initrd import default_initrd
 from pvirq.toolstack.kernels import KernelChoice
 from pvirq.xen.domain import Vcpu
 from pvirq.xen.evtchn_channels import Channel
-from pvirq.xen.probes import Instrument, has_front
+from pvirq.xen.probes import Action, Instrument, has_front
 
 pytestmark = pytest.mark.boot
 
@@ -269,20 +269,43 @@ def test_without_the_right_symbols_there_is_nothing(
     assert nothing.where(k="upcall", d=guest.domain.domid)
 
 
-def seeded(kernel: Path, initrd: bytes, traced: bool) -> tuple[str, int, int, str]:
+class Told(Instrument):
+    """Wants all that an engine would note, so that each is told instead."""
+
+    def upcall(self, vcpu: Vcpu) -> None: ...
+
+    def irq_entry(self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Action]) -> None: ...
+
+    def irq_exit(self, vcpu: Vcpu, port: int, irq: int) -> None: ...
+
+    def eoi(self, vcpu: Vcpu, port: int, irq: int, spurious: bool) -> None: ...
+
+    def hypercall(self, vcpu: Vcpu, name: str, arguments: Sequence[int]) -> None: ...
+
+
+WORK = """cat /proc/interrupts; dd if=/dev/urandom bs=1k count=16 2>/dev/null | md5sum
+for i in 1 2 3; do /bin/true | cat; done; taskset 1 true; taskset 2 true; sleep 0.1"""
+
+
+def seeded(kernel: Path, initrd: bytes, traced: bool, told: bool = False) -> tuple[str, int, int, str]:
     """A short life with a seed: the guest's memory at the end, the time, how many choices there were, the hash."""
     with Host(seed=5) as host:
+        if told:
+            host.hypervisor.probes.add(Told())
         trace = Trace(host) if traced else None
         guest = host.boot(kernel, initrd=initrd, append="console=hvc0 pvirq=agent", vcpus=2)
-        guest.run("cat /proc/interrupts; dd if=/dev/urandom bs=1k count=16 2>/dev/null | md5sum")
+        guest.run(WORK)
         assert host.schedule is not None
         digest, hash = host.hypervisor.machine.digest(guest.domain.domid), trace.hash() if trace is not None else ""
         return digest, host.clock.now(), host.schedule.count, hash
 
 
 def test_a_trace_changes_nothing_and_is_the_same_each_time(kernel_cloud: KernelChoice, initrd: bytes) -> None:
-    runs = [fork(partial(seeded, kernel_cloud.path, initrd, traced)) for traced in (True, True, False)]
-    first, second, untraced = (run.result(200) for run in runs)
-    assert first == second
+    """Whether the engine notes what happens in the guest, or each of it is told."""
+    runs = [
+        fork(partial(seeded, kernel_cloud.path, initrd, *how)) for how in ((True,), (True,), (True, True), (False,))
+    ]
+    first, second, told, untraced = (run.result(300) for run in runs)
+    assert first == second == told
     assert first[:3] == untraced[:3]
     assert first[3]

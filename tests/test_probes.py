@@ -16,7 +16,7 @@ from pvirq.xen import evtchn, physdev
 from pvirq.xen.domain import Domain, Hypervisor, Vcpu
 from pvirq.xen.evtchn_channels import Channel
 from pvirq.xen.memory import Machine
-from pvirq.xen.probes import Instrument, Record, has_front
+from pvirq.xen.probes import HOOKS, Instrument, Record, has_front
 
 KERNELS = ("pvops", "pvops-2l", "2.6.18", "suse")
 
@@ -28,8 +28,7 @@ class Everything(Instrument):
         self.records: list[Record] = []
 
     def hooks(self) -> dict[str, Any]:
-        names = [name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed")]
-        return dict.fromkeys(names, self.records.append)
+        return dict.fromkeys(HOOKS, self.records.append)
 
     def names(self) -> list[str]:
         return [record[0] for record in self.records]
@@ -399,11 +398,13 @@ def test_what_nobody_wants_is_not_in_the_way(host: Host) -> None:
         def upcall(self, vcpu: Vcpu) -> None:
             pass
 
-    host.hypervisor.probes.add(Upcalls())
-    assert attributes(host) == before  # upcall entries are made with it, and nothing else
+    host.hypervisor.probes.add(upcalls := Upcalls())
+    assert has_front(kernel, "run")  # which makes upcalls
+    assert not has_front(ops, "set_pending")
     host.hypervisor.probes.add(outcomes := Outcomes())
-    assert has_front(kernel, "run")  # whose turn it is
     assert has_front(ops, "set_pending")
     assert not has_front(ops, "unmask")
+    host.hypervisor.probes.remove(upcalls)
+    assert has_front(kernel, "run")  # whose turn it is
     host.hypervisor.probes.remove(outcomes)
     assert attributes(host) == before

@@ -50,6 +50,7 @@ enum { SEGMENT_KIND = 0xF0FF00, GRANULAR = 1 << 23 };
 enum { FLAT_CS32 = 0xE023, FLAT_CS64 = 0xE033, FLAT_SS = 0xE02B, VGCF_in_syscall = 1 << 8 };
 enum { STACK_SWITCH = 3, IRET = 23, SET_SEGMENT_BASE = 25 };
 enum { SEGBASE_FS, SEGBASE_GS_USER, SEGBASE_GS_KERNEL };
+enum { SHORT = 1, NOTED = 2 };
 #define XEN_START 0xFFFF800000000000ull
 #define XEN_END 0xFFFF880000000000ull
 #define LOWER_END (1ull << 47)
@@ -67,7 +68,7 @@ struct vcpu {
     u64 nmi_pending, nmi_masked;
     u64 iopl, architectural_iopl;
     u64 gdt;                    /* where the entries of the page table are that maps its GDT, of 16 pages */
-    u64 hypercalls;             /* nobody wants to be told of them */
+    u64 hypercalls;             /* SHORT: there may be short cuts past them; NOTED: see notes.c */
     u64 fault_entry, fault_masks; /* of the trap table */
     u64 runstate_area;          /* where the guest wants the rest of this line: struct vcpu_runstate_info */
     u64 runstate, since, times[4];
@@ -103,6 +104,8 @@ struct cpu {
     u64 pages;                  /* flushes of one page; the last of them: */
     u64 page[PAGES];
     u64 done;                   /* what Python had nothing to do with */
+    u64 failures;               /* exceptions of Python's */
+    struct calls *calls;        /* what is noted of its guest: see notes.c; 0: nothing */
 };
 
 #define E64(at) (*(u64 *)(env + (at)))
@@ -148,6 +151,8 @@ static u8 *translate(struct cpu *c, u64 root, u64 va, u64 wanted, u64 size)
         return NULL;
     return c->memory + ((entry & ADDRESS) | (va & 0xFFF));
 }
+
+#include "notes.c"
 
 static u64 flags(struct cpu *c)
 {
@@ -348,27 +353,45 @@ static int hypercall(struct cpu *c, struct vcpu *v, u64 number)
     u8 *env = c->env, *info = c->memory + v->info;
     u64 first = REG(RDI), second = REG(RSI);
 
-    if (!v->hypercalls || (u16)E32(CS_SELECTOR) != FLAT_CS64 || (info[0] && !info[1]))
+    if (!(v->hypercalls & SHORT) || (u16)E32(CS_SELECTOR) != FLAT_CS64 || (info[0] && !info[1]))
         return 0;
+    if (number == SET_SEGMENT_BASE && (!canonical(second) || (u32)first > SEGBASE_GS_KERNEL))
+        return 0;
+    if (v->hypercalls & NOTED) {
+        struct note *n = note_hypercall(c, v, number);
+        if (!n)
+            return 0;
+        n->hypercall |= FINISHED;
+    }
     if (number == STACK_SWITCH) {
         v->kernel_ss = first | 3;
         v->kernel_sp = second;
+    } else if ((u32)first == SEGBASE_FS) {
+        E64(FS_BASE) = second;
+    } else if ((u32)first == SEGBASE_GS_USER) {
+        v->other_gs = second;
     } else {
-        if (!canonical(second))
-            return 0;
-        if ((u32)first == SEGBASE_FS)
-            E64(FS_BASE) = second;
-        else if ((u32)first == SEGBASE_GS_USER)
-            v->other_gs = second;
-        else if ((u32)first == SEGBASE_GS_KERNEL)
-            E64(GS_BASE) = second;
-        else
-            return 0;
+        E64(GS_BASE) = second;
     }
     REG(RAX) = 0;
     REG(RCX) = E64(EIP) + SYSCALL_LENGTH;
     REG(R11) = (E64(EFLAGS) & STORED) | (E32(DF) & FLAG_DF);
     return 1;
+}
+
+/* A hypercall that is noted, and what it came to: nothing, if the guest has crashed, or it is to be made again. */
+static void noted_syscall(void *uc, struct cpu *c, struct vcpu *v)
+{
+    u8 *env = c->env;
+    struct note *n = note_hypercall(c, v, REG(RAX));
+    struct book *b = n ? c->calls->book : NULL;
+    u64 taken = n ? b->taken : 0, failures = c->failures, rip = E64(EIP) + SYSCALL_LENGTH;
+
+    c->on_syscall(uc, NULL);
+    if (n && c->calls->book == b && b->taken == taken && c->failures == failures && REG(RCX) == rip) {
+        n->result = REG(RAX);
+        n->hypercall |= FINISHED;
+    }
 }
 
 /* Unicorn's hook of SYSCALL. RIP is at the instruction, whose length is added to it afterwards. */
@@ -390,6 +413,8 @@ void on_syscall(void *uc, struct cpu *c)
     }
     if (done)
         c->done++;
+    else if (v && !v->user_mode && v->hypercalls & NOTED && REG(RAX) != IRET)
+        noted_syscall(uc, c, v);
     else
         c->on_syscall(uc, NULL);
 }
@@ -506,5 +531,9 @@ int change_runstate(struct cpu *c, struct vcpu *v, u64 state, u64 now, int write
 int upcall(struct cpu *c, struct vcpu *v, u64 target, u64 rip)
 {
     u8 *env = c->env;
-    return bounce(c, v, (u16)E32(CS_SELECTOR), (u16)E32(SS_SELECTOR), target, 1, rip, flags(c), NULL, REG(RCX), REG(R11));
+
+    if (!bounce(c, v, (u16)E32(CS_SELECTOR), (u16)E32(SS_SELECTOR), target, 1, rip, flags(c), NULL, REG(RCX), REG(R11)))
+        return 0;
+    note_upcall(c, v);
+    return 1;
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
+from pvirq.engine.notes import Calls
 from pvirq.engine.protocol import SLOT_ITEMS, Slot
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 PAGE: Final = 25  # the last `LAST_PAGES` that were flushed
 LAST_PAGES: Final = 32
 DONE: Final = PAGE + LAST_PAGES
-CPU_ITEMS: Final = DONE + 1
+FAILURES: Final = DONE + 1
+CALLS: Final = FAILURES + 1
+CPU_ITEMS: Final = CALLS + 1
 
 # struct vcpu, behind its owner's items.
 THERE: Final = SLOT_ITEMS
@@ -59,9 +62,11 @@ class Crossing:
         self._code = mmap.mmap(-1, len(_CODE), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._code[:] = _CODE
         base = ctypes.addressof(ctypes.c_uint8.from_buffer(self._code))
-        self.on_syscall, self.on_interrupt, exchange, reload, change_runstate, upcall = (
-            base + at for at in struct.unpack_from("<6I", _CODE)
+        self.on_syscall, self.on_interrupt, exchange, reload, change_runstate, upcall, *noting = (
+            base + at for at in struct.unpack_from("<9I", _CODE)
         )
+        self._noting = noting
+        self._calls: Calls | None = None
         self._struct = (ctypes.c_uint64 * CPU_ITEMS)()
         self.data = ctypes.addressof(self._struct)
         self.cpu = memoryview(self._struct).cast("B").cast("Q")
@@ -85,6 +90,13 @@ class Crossing:
     def call(self, item: int, callback: Any) -> None:
         """What isn't ordinary goes to `callback`: a ctypes function, for `ON_SYSCALL` or `ON_INTERRUPT`."""
         self.cpu[item] = ctypes.cast(callback, ctypes.c_void_p).value or 0
+
+    def calls(self, fail: Callable[[BaseException], None]) -> Calls:
+        """What is noted without Python; see `Calls`."""
+        if self._calls is None:
+            self._calls = Calls(self.data, *self._noting, fail=fail)
+            self.cpu[CALLS] = self._calls.address
+        return self._calls
 
     def slot(self, unused: bytes) -> Slot:
         """A struct vcpu with a TLB of its own, but the first, which has the CPU's; `unused` is a part of a TLB."""

@@ -10,7 +10,10 @@ its owner (KVM) calls the same handler from its run loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from pvirq.engine.notes import Calls, Site
 
 # Indexes into Engine.regs: the order in which x86 encodes its registers, then the instruction pointer.
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -52,7 +55,8 @@ CpuidLeaf = tuple[int, int, int, int]  # EAX, EBX, ECX, EDX
 ) = range(22)  # fmt: skip
 SLOT_ITEMS: Final = RUNSTATE_TIMES + 4
 
-
+# SHORT_HYPERCALLS: the engine may do some by itself; it is to note them in `Engine.calls`.
+SHORT, NOTED = 1, 2
 MANY_PAUSES: Final = 0x7FFFFFFF  # more than a run has: no limit to `Engine.pauses`
 
 
@@ -164,8 +168,14 @@ class Engine(Protocol):
         """Bytes at a machine address were changed behind the CPU's back, and may have been executed before."""
         ...
 
-    def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` whenever a jump, call or return leads to `va`, before the instruction there.
+    @property
+    def calls(self) -> Calls | None:
+        """What it can note by itself where functions are watched; None: nothing, each call has to be told of."""
+        ...
+
+    def watch(self, va: int, callback: Callable[[], None], site: Site | None = None) -> Callable[[], None]:
+        """Call `callback` whenever a jump, call or return leads to `va`, before the instruction there; with a `site`
+        of `calls`, only for what isn't noted without.
 
         Registers but RIP are as they are then, and only to be read. The result takes the watch away.
 

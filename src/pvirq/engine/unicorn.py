@@ -15,6 +15,7 @@ from pvirq.engine.crossing import (
     CODE_SEEN,
     CR3_ASIDE,
     DONE,
+    FAILURES,
     FLUSHES,
     LAST_PAGES,
     ON_INTERRUPT,
@@ -27,6 +28,7 @@ from pvirq.engine.crossing import (
     THERE,
     Crossing,
 )
+from pvirq.engine.notes import Calls, Site
 from pvirq.engine.protocol import (
     FLAG_DF,
     MANY_PAUSES,
@@ -226,7 +228,11 @@ class UnicornEngine:
         )
         self._hook(unicorn.UC_HOOK_INSN_INVALID, ctypes.CFUNCTYPE(ctypes.c_bool, pointer, pointer)(invalid))
 
-    def watch(self, va: int, callback: Callable[[], None]) -> Callable[[], None]:
+    @property
+    def calls(self) -> Calls | None:
+        return self._crossing.calls(self._fail) if self.shortcuts and not self._closed else None
+
+    def watch(self, va: int, callback: Callable[[], None], site: Site | None = None) -> Callable[[], None]:
         # With bounds of one address only the block that is translated there calls the hook: all others are as ever.
         def reached(_uc: object, _va: int, _size: int, _data: object) -> None:
             try:
@@ -236,7 +242,13 @@ class UnicornEngine:
 
         pointer, lib = ctypes.c_void_p, self._state.lib
         raw = ctypes.CFUNCTYPE(None, pointer, ctypes.c_uint64, ctypes.c_uint32, pointer)(reached)
-        hook = self._hook(unicorn.UC_HOOK_CODE, raw, first=va, last=va)
+        if site is None:
+            hook = self._hook(unicorn.UC_HOOK_CODE, raw, first=va, last=va)
+        else:
+            site.ask(raw)
+            self._keep += [raw, site]
+            function = ctypes.c_void_p(site.function)
+            hook = self._hook(unicorn.UC_HOOK_CODE, function, first=va, last=va, data=site.address)
 
         def remove() -> None:
             # What was translated goes on calling into the list of hooks, so the callback itself stays until the end.
@@ -271,6 +283,7 @@ class UnicornEngine:
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
+        self._shared[FAILURES] += 1
         self.stop()
 
     # -- registers -------------------------------------------------------------------------------------------------

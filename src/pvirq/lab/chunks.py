@@ -8,28 +8,27 @@ single line would cost several times as much. Which chunk comes next is mostly t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any, Final
 
-from pvirq.lab.lines import HANDLED, NEW_FLOW, SAME_FLOW, Flow, Shape, Shapes
+from pvirq.lab.lines import HANDLED, NEW_FLOW, RARE, SAME_FLOW, Flow, Shape, Shapes
 
-MOST_SHAPES: Final = 32  # of a chunk
+FEW_SHAPES: Final = 12  # of a chunk that ends where shapes often do
+MOST_SHAPES: Final = 48  # of any
 MOST_CHUNKS: Final = 10_000  # that are kept
-_TIME: Final = "\0"  # stands for the time where all of a chunk's lines have the same, known before
-
-
-def _none(arguments: list[Any]) -> tuple[()]:
-    return ()
+# In a template: where something is put in; a real %; and the time, where all of its lines have the same, known before.
+_PUT_IN, _PERCENT, _TIME = "\0", "\1", "\2"
 
 
 class Chunk:
-    """Some shapes in a row, as one template.
+    """Some shapes in a row, as one template: pieces of text, and between each two of them one that is put in.
 
-    `takes` is how many recorded values they take. The template's arguments are picked by `pick` from the time before,
-    those values, and what `late` has to be found out now. `time` is where among them the last line's time is.
+    `takes` is how many recorded values the shapes take. What is put in is picked by `pick` from the time before, those
+    values, and what `late` has to be found out now, all as text. `time` is where among them the last line's time is.
     """
 
-    __slots__ = ("at", "late", "length", "next", "pick", "shapes", "takes", "template", "text", "time")
+    __slots__ = ("at", "constant", "late", "length", "next", "pick", "pieces", "rare", "shapes", "takes", "time")
 
     def __init__(self, shapes: list[Shape]) -> None:
         self.shapes, self.length = shapes, len(shapes)
@@ -43,22 +42,34 @@ class Chunk:
                 self.time = value
                 value += 1
             if shape.text:
-                template += f'{{"t":{"%d" if self.takes else _TIME},"k":"{shape.text}'
-                order.append(self.time)
+                template += f'{{"t":{_PUT_IN if self.takes else _TIME},"k":"{_pieces_of(shape.text)}'
+                order += [self.time] if self.takes else []
             order += range(value, value + shape.numbers)
             if shape.late is not None:
                 order.append(1 + self.takes + len(self.late))
                 self.late.append((*shape.late, value))
             value += shape.takes - shape.timed
-        self.template = self.text = template
-        self.pick: Callable[[list[Any]], Any] = itemgetter(*order) if order else _none
-        self.at = -1  # the time that stands in `text` instead of _TIME
+        self.rare = any(what == RARE for what, _, _ in self.late)
+        self.constant = template.split(_PUT_IN)
+        self.pieces = [piece for constant in self.constant for piece in (constant, "")][:-1]
+        # Of one alone, itemgetter makes no tuple.
+        self.pick: Callable[[list[Any]], Any] = itemgetter(*order) if len(order) > 1 else partial(_pick, order)
+        self.at = -1  # the time that stands in `pieces` instead of _TIME
 
     def at_time(self, t: int) -> None:
-        """`text` is now the template at that time; only where nothing is taken."""
+        """`pieces` are now for that time; only where nothing is taken."""
         self.at = t
-        text = self.template.replace(_TIME, str(t))
-        self.text = text if self.late else text % ()
+        time = str(t)
+        self.pieces[::2] = [piece.replace(_TIME, time) for piece in self.constant]
+
+
+def _pick(order: list[int], values: list[Any]) -> list[Any]:
+    return [values[i] for i in order]
+
+
+def _pieces_of(text: str) -> str:
+    """A shape's text with a mark where something is put in, instead of what % wants."""
+    return text.replace("%%", _PERCENT).replace("%d", _PUT_IN).replace("%s", _PUT_IN).replace(_PERCENT, "%")
 
 
 class Chunks:
@@ -75,8 +86,8 @@ class Chunks:
     def text(self, shapes: list[Shape], values: list[Any]) -> str:
         """The lines of these shapes, each with its newline."""
         texts: list[str] = []
-        add, chunk, t, flow_number = texts.append, self._chunk, self._t, self._last_flow
-        at, end, value = 0, len(shapes), 0
+        chunk, t, flow_number = self._chunk, self._t, self._last_flow
+        at, end, value, time = 0, len(shapes), 0, str(self._t)
         while at < end:
             before, chunk = chunk, chunk.next
             behind = at + chunk.length
@@ -84,40 +95,41 @@ class Chunks:
                 chunk = before.next = self._chunk_at(shapes, at)
                 behind = at + chunk.length
             at = behind
-            arguments: list[Any]
+            put_in: list[str]
+            taken: list[Any] = []
             if chunk.takes:
                 ahead = value + chunk.takes
-                arguments = [t, *values[value:ahead]]
+                taken = values[value:ahead]
                 value = ahead
-            elif not chunk.late:
-                if chunk.at != t:
-                    chunk.at_time(t)
-                add(chunk.text)
-                continue
+                put_in = [time, *(taken if chunk.rare else map(str, taken))]
             else:
-                arguments = []
+                put_in = [time]
             for what, flow, where in chunk.late:
                 if what == NEW_FLOW:
                     flow_number += 1
-                    flow.number = flow_number
-                    arguments.append(flow_number)
+                    flow.number = number = str(flow_number)
+                    put_in.append(number)
                 elif what == HANDLED:
-                    arguments.append(flow.number)
+                    put_in.append(flow.number)
                     flow.number = ""
                 elif what == SAME_FLOW:
-                    if flow.number == "":
+                    if not flow.number:
                         flow_number += 1
-                        flow.number = flow_number
-                    arguments.append(flow.number)
+                        flow.number = str(flow_number)
+                    put_in.append(flow.number)
                 else:
-                    arguments.append(self._rare_text(arguments[where]))
+                    put_in.append(self._rare_text(taken[where - 1]))
+            pieces = chunk.pieces
             if chunk.takes:
-                t = arguments[chunk.time]
-                add(chunk.text % chunk.pick(arguments))
+                pieces[1::2] = map(str, chunk.pick(put_in)) if chunk.rare else chunk.pick(put_in)
+                if chunk.time:
+                    t = taken[chunk.time - 1]
+                    time = str(t) if chunk.rare else put_in[chunk.time]
             else:
                 if chunk.at != t:
                     chunk.at_time(t)
-                add(chunk.text % tuple(arguments))
+                pieces[1::2] = put_in[1:]
+            texts += pieces
         self._chunk, self._t, self._last_flow = chunk, t, flow_number
         return "".join(texts)
 
@@ -125,7 +137,7 @@ class Chunks:
         found: list[Shape] = []
         for shape in shapes[at : at + MOST_SHAPES]:
             found.append(shape)
-            if shape.ends:
+            if shape.ends and len(found) >= FEW_SHAPES:
                 break
         key = tuple(found)
         chunk = self._chunks.get(key)

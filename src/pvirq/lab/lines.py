@@ -52,7 +52,7 @@ class Flow:
     __slots__ = ("number",)
 
     def __init__(self) -> None:
-        self.number: int | str = ""  # "": nothing
+        self.number = ""  # "": nothing
 
 
 class Shape:
@@ -111,6 +111,7 @@ class Shapes:
     def __init__(self) -> None:
         self._shapes: dict[tuple[Record, bool], Shape] = {}
         self._calls: dict[tuple[Vcpu, str, int], tuple[Shape, Shape]] = {}
+        self.choices: dict[str, Shape] = {}  # as `of_choice` has made them
         self._flows: dict[tuple[int, int], Flow] = {}  # by domain and port
         late = RARE, Flow()
         self.rare: Final = Shape("%s", False, takes=1, late=late), Shape("%s", True, takes=1, late=late)
@@ -147,6 +148,12 @@ class Shapes:
             )
         return shapes
 
+    def of_choice(self, what: str) -> Shape:
+        """Of a schedule's choice: its number, of how many, which was taken."""
+        text = f'choice","what":{_plain(encode(what))},"n":%d,"of":%d,"took":%d}}\n'
+        shape = self.choices[what] = Shape(text, True, takes=3, numbers=3)
+        return shape
+
     def rare_text(self, record: Record) -> str:
         """The line of a record that has no shape of its own, behind its time."""
         return self._rare[record[0]](*record[1:])
@@ -160,7 +167,7 @@ class Shapes:
 
     def _pending(self, domid: int, port: int) -> int | None:
         flow = self._flows.get((domid, port))
-        return flow.number if flow is not None and isinstance(flow.number, int) else None
+        return int(flow.number) if flow is not None and flow.number else None
 
     def _raise(self, timed: bool, vcpu: Vcpu, channel: Channel, outcome: str, by: Vcpu | None) -> Shape:
         cause = '"xen"' if by is None else f"[{by.domain.domid},{by.vcpu_id}]"

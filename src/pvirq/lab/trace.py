@@ -71,7 +71,7 @@ class Trace:
             "pvirq": "trace", "version": VERSION, "seed": host.seed, "start": start,
             "domains": [about(domain) for domain in domains], **(header or {}),
         }  # fmt: skip
-        self._write(encode(self.header) + "\n")
+        self._write(encode(self.header).encode() + b"\n")
         if "bind" in kinds:
             self._take(
                 "".join(
@@ -88,22 +88,23 @@ class Trace:
 
     def flush(self) -> None:
         """Make events of what was recorded, and write them to the file, if there is one."""
-        if self._recorder.events:
+        if self._recorder.unwritten:
             self._take(self._recorder.take())
 
     def _take(self, text: str) -> None:
-        self._hash.update(text.encode())
+        raw = text.encode()
+        self._hash.update(raw)
         if self._against is not None:
             self._against.compare(text.splitlines(keepends=True))
         if self._file is None:
             self._kept.append(text)
         else:
-            self._write(text)
+            self._write(raw)
 
-    def _write(self, text: str) -> None:
+    def _write(self, raw: bytes) -> None:
         """Nothing is left in a buffer: a fork would have it too."""
         if self._file is not None:
-            self._written += self._file.write(text.encode())
+            self._written += self._file.write(raw)
             self._file.flush()
 
     def _forked(self) -> None:

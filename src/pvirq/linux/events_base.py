@@ -11,7 +11,8 @@ A CPU serves its ports in one loop, `upcall`. Functions take ports and IRQ numbe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from pvirq.abi.errno import Errno, XenError
@@ -43,7 +44,7 @@ from pvirq.linux.irq import (
 from pvirq.linux.kernel import Kernel
 from pvirq.linux.personality import Ipi
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Probes, keep, put
+from pvirq.xen.probes import Action, Once, Probes, Tell, keep, put, put_last
 
 EVENT_LOOP_TIMEOUT: Final = 2  # jiffies (xen.event_loop_timeout)
 
@@ -70,6 +71,7 @@ class EventsBase:
         nr_cpus = irq.nr_cpus
         self.ops: EventsFifo | Events2l
         self._evtchn_to_irq: dict[int, IrqInfo] = {}
+        self._told: dict[Any, tuple[Once, Once]] = {}  # what tells of interrupts
         self._virq_to_irq = [[-1] * NR_VIRQS for _ in range(nr_cpus)]
         self._ipi_to_irq = [[-1] * len(Ipi) for _ in range(nr_cpus)]
         self._channels_on_cpu = [0] * nr_cpus
@@ -400,6 +402,11 @@ class EventsBase:
         find, irq_epoch = self._evtchn_to_irq.get, self.lateeoi.irq_epoch
         # How long this CPU has been in the event loop (struct evtchn_loop_ctrl).
         count, timeout, defer_eoi = 0, 0, False
+        probes = self.domain.hypervisor.probes
+        told = probes.on_irq_entry is not None or probes.on_irq_exit is not None
+        said: dict[
+            int, tuple[IrqInfo, bool, Sequence[Action], Tell, Any, Tell, Any]
+        ] = {}  # what was told last, by port
 
         def handle_irq_for_port(port: int) -> None:
             nonlocal count, timeout, defer_eoi
@@ -426,9 +433,23 @@ class EventsBase:
             desc = info.desc
             flow = desc.flow
             assert flow is not None
-            flow(desc, cpu)  # generic_handle_irq_desc
-
-        handle = self._told_handle(cpu, handle_irq_for_port)
+            if not told:
+                flow(desc, cpu)  # generic_handle_irq_desc
+                return
+            try:
+                of, silent, actions, tell, entry, tell_exit, leave = said[port]
+                if of is not info or actions is not desc.actions or silent is not (desc.disabled or desc.in_progress):
+                    raise KeyError
+            except KeyError:
+                silent, actions = desc.disabled or desc.in_progress, desc.actions
+                tells = self._tells_irq(probes, cpu, port, desc.irq, () if silent else actions)
+                (tell, entry), (tell_exit, leave) = tells
+                put_last(said, port, (info, silent, actions, tell, entry, tell_exit, leave))
+            tell(entry)
+            try:
+                flow(desc, cpu)
+            finally:
+                tell_exit(leave)
 
         def upcall() -> None:
             nonlocal count, timeout, defer_eoi
@@ -436,7 +457,7 @@ class EventsBase:
             handle_events = self.ops.handle_events
             while True:
                 mem[pending] = 0
-                handle_events(cpu, handle)
+                handle_events(cpu, handle_irq_for_port)
                 if not mem[pending]:
                     break
             # Only now: an EOI is deferred only if it comes from inside the loop above.
@@ -448,53 +469,35 @@ class EventsBase:
 
     def probe(self, probes: Probes) -> None:
         """In front of late EOIs; what is in front of interrupts, `upcall_entry` puts there."""
+        self._told.clear()
         late = self.lateeoi
         if probes.on_eoi is None:
             put(late, "eoi", None)
             return
         eoi, vcpus, kernel = late.do_eoi, self.domain.vcpus, self.kernel
-        said: dict[Any, Any] = {}
+        said: dict[IrqInfo, tuple[int, int, bool, Tell, Any]] = {}  # what was told last
+        kept: dict[Any, Once] = {}
 
         def told_eoi(info: IrqInfo, spurious: bool) -> None:
             try:
-                told = said[info][info.evtchn][kernel.cpu][spurious]
+                port, cpu, was_spurious, tell, what = said[info]
+                if port != info.evtchn or cpu != kernel.cpu or spurious is not was_spurious:
+                    raise KeyError
             except KeyError:
                 cpu, port = kernel.cpu, info.evtchn
-                told = probes.fixed("eoi", vcpus[cpu], port or -1, info.desc.irq, spurious)
-                keep(said, told, info, port, cpu, spurious)
-            told()
+                record = "eoi", vcpus[cpu], port or -1, info.desc.irq, spurious
+                tell, what = keep(kept, record, partial(probes.fixed, *record))
+                put_last(said, info, (port, cpu, spurious, tell, what))
+            tell(what)
             eoi(info, spurious)
 
         put(late, "eoi", told_eoi)
 
-    def _told_handle(self, cpu: int, handle: Callable[[int], None]) -> Callable[[int], None]:
-        """`handle_irq_for_port`, with what wants to be told of interrupts around it."""
-        probes = self.domain.hypervisor.probes
-        if probes.on_irq_entry is None and probes.on_irq_exit is None:
-            return handle
-        find, vcpu = self._evtchn_to_irq.get, self.domain.vcpus[cpu]
-        said: dict[Any, Any] = {}
-
-        def told(port: int) -> None:
-            info = find(port)
-            if info is None or info.is_active:
-                handle(port)
-                return
-            desc = info.desc
-            try:
-                entry, leave = said[info][port][desc.disabled or desc.in_progress][desc.actions]
-            except KeyError:
-                silent, actions = desc.disabled or desc.in_progress, desc.actions
-                entry = probes.fixed("irq_entry", vcpu, port, desc.irq, () if silent else actions)
-                leave = probes.fixed("irq_exit", vcpu, port, desc.irq)
-                keep(said, (entry, leave), info, port, silent, actions)
-            entry()
-            try:
-                handle(port)
-            finally:
-                leave()
-
-        return told
+    def _tells_irq(self, probes: Probes, cpu: int, port: int, irq: int, actions: Sequence[Action]) -> tuple[Once, Once]:
+        """What tells of an interrupt's begin and end."""
+        vcpu = self.domain.vcpus[cpu]
+        key = vcpu, port, irq, actions
+        return keep(self._told, key, lambda: (probes.fixed("irq_entry", *key), probes.fixed("irq_exit", *key[:3])))
 
     # Chips.
 

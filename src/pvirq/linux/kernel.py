@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pvirq.abi.errno import Errno
 from pvirq.abi.xen import VCPU_INFO_UPCALL_MASK, VIRQ_TIMER
@@ -19,7 +20,7 @@ from pvirq.linux.kthread import Body, Kthread, sleep
 from pvirq.linux.personality import GenericIrq, Ipi, Personality
 from pvirq.xen import evtchn, sched, vtimer
 from pvirq.xen.domain import Domain, Vcpu
-from pvirq.xen.probes import Probes, put
+from pvirq.xen.probes import DONE, Probes, put
 from pvirq.xen.timer import NS_PER_S, Timer
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Kernel(Generic[P]):
         cpu, mem = vcpu.vcpu_id, self._mem
         turn = self._turns[cpu]
         if turn is None:
-            turn = self._turns[cpu] = self._cpus[cpu].work, self._upcall_entry(cpu)
+            turn = self._turns[cpu] = self._cpus[cpu].work, self.events.upcall_entry(cpu)
         work, upcall = turn
         pending = vcpu.info
         mask = pending + VCPU_INFO_UPCALL_MASK
@@ -186,21 +187,45 @@ class Kernel(Generic[P]):
     def probe(self, probes: Probes) -> None:
         """Put in the way of turns, upcalls and interrupts what instruments want, or take it out."""
         self._turns = [None] * len(self._turns)  # made anew when a CPU next runs
-        put(self, "run", probes.turn(self.do_run) if probes.tells_turns else None)
+        told = probes.tells_turns or probes.on_upcall is not None
+        put(self, "run", self._told_run(probes) if told else None)
         self.events.probe(probes)
 
-    def _upcall_entry(self, cpu: int) -> Callable[[], object]:
-        upcall = self.events.upcall_entry(cpu)
-        probes = self.domain.hypervisor.probes
-        if probes.on_upcall is None:
-            return upcall
-        told = probes.fixed("upcall", self.domain.vcpus[cpu])
+    def _told_run(self, probes: Probes) -> Callable[[Vcpu], None]:
+        """`run`, telling of each turn and upcall: the same loop, since one more call for each would be felt."""
+        mem = self._mem
+        said: list[tuple[Any, ...] | None] = [None] * len(self._cpus)
 
-        def told_upcall() -> None:
-            told()
-            upcall()
+        def told_run(vcpu: Vcpu) -> None:
+            cpu = vcpu.vcpu_id
+            turn = said[cpu]
+            if turn is None:
+                told = probes.fixed("run", vcpu), probes.fixed("upcall", vcpu), probes.fixed("stop", vcpu, DONE)
+                turn = said[cpu] = (*chain(*told), self._cpus[cpu].work, self.events.upcall_entry(cpu))
+            tell_run, run, tell_upcall, called, tell_stop, stop, work, upcall = turn
+            pending = vcpu.info
+            mask = pending + VCPU_INFO_UPCALL_MASK
+            before = self.cpu, self._running, probes.current
+            self.cpu, self._running, probes.current = cpu, True, vcpu
+            tell_run(run)
+            try:
+                while True:
+                    if mem[pending]:
+                        mem[mask] = 1
+                        tell_upcall(called)
+                        upcall()
+                    elif work:
+                        mem[mask] = 0
+                        work.popleft()()
+                    else:
+                        break
+                vcpu.blocked = True
+            finally:
+                mem[mask] = 0
+                self.cpu, self._running, probes.current = before
+                tell_stop(stop)
 
-        return told_upcall
+        return told_run
 
     # Work for this and other CPUs.
 

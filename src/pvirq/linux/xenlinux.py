@@ -23,7 +23,7 @@ from pvirq.linux.xenlinux_evtchn import XenLinuxEvtchnUser
 from pvirq.linux.xenlinux_ports import IRQT_CALLER_PORT, IRQT_IPI, IRQT_LOCAL_PORT, IRQT_VIRQ, XenLinuxPorts
 from pvirq.linux.xenlinux_upcall import UPCALLS, UpcallState, Ways
 from pvirq.xen import evtchn
-from pvirq.xen.probes import Once, keep
+from pvirq.xen.probes import Once, Tell, keep, put_last
 
 # As whose interrupt instruments see the event of a port that has none.
 _DEVICE: Final = (IrqAction(lambda irq, dev_id: IRQ_HANDLED, 0, "evtchn", None),)
@@ -220,41 +220,43 @@ class XenLinux(XenLinuxPorts):
         if probes.on_irq_entry is None and probes.on_irq_exit is None:
             return find, do_irq, device
         vcpu, descs, disabled = self.domain.vcpus[cpu], self.irq.descs, self.irq.bits.DISABLED
-        latest = 0
-        said: dict[Any, Any] = {}
+        said: dict[int, tuple[int, int, object, Tell, Any, Tell, Any]] = {}  # what was told last
+        kept: dict[Any, Once] = {}
 
         def ends(port: int, irq: int) -> tuple[Once, Once]:
             desc = descs.get(irq)
             status, actions = (desc.status & disabled, desc.actions) if desc is not None else (0, ())
-            entry = probes.fixed("irq_entry", vcpu, port, irq, () if status else actions)
-            return keep(said, (entry, probes.fixed("irq_exit", vcpu, port, irq)), port, irq, status, actions)
+            begin = "irq_entry", vcpu, port, irq, () if status else actions
+            end = "irq_exit", vcpu, port, irq
+            entry, leave = (keep(kept, record, partial(probes.fixed, *record)) for record in (begin, end))
+            if desc is not None:
+                put_last(said, port, (irq, status, actions, *entry, *leave))
+            return entry, leave
 
-        device_entry, device_exit = partial(probes.fixed, "irq_entry", vcpu), partial(probes.fixed, "irq_exit", vcpu)
-
-        def told_find(port: int) -> int | None:
-            nonlocal latest
-            latest = port
-            return find(port)
-
-        def told_irq(irq: int) -> None:
-            port = latest
+        def told(port: int) -> None:
+            irq = find(port)
+            if irq is None:
+                tell, what = probes.fixed("irq_entry", vcpu, port, -1, _DEVICE)
+                tell(what)
+                device(port)
+                tell, what = probes.fixed("irq_exit", vcpu, port, -1)
+                tell(what)
+                return
             try:
                 desc = descs[irq]
-                entry, leave = said[port][irq][desc.status & disabled][desc.actions]
+                of, status, actions, tell, entry, tell_exit, leave = said[port]
+                if of != irq or status != desc.status & disabled or actions is not desc.actions:
+                    raise KeyError
             except KeyError:
-                entry, leave = ends(port, irq)
-            entry()
+                (tell, entry), (tell_exit, leave) = ends(port, irq)
+            tell(entry)
             try:
                 do_irq(irq)
             finally:
-                leave()
+                tell_exit(leave)
 
-        def told_device(port: int) -> None:
-            device_entry(port, -1, _DEVICE)()
-            device(port)
-            device_exit(port, -1)()
-
-        return told_find, told_irq, told_device
+        nothing: dict[int, int] = {}
+        return nothing.get, do_irq, told  # each port has one way, so that no call is only to remember which it was
 
     def force_evtchn_callback(self) -> None:
         """Events have come while they were masked: take them now, as a hypercall's return does in the kernel."""

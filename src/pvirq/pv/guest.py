@@ -67,7 +67,6 @@ class PvGuest:
         self.console_port = 0
         self.store_port = 0
         self.crash: str | None = None
-        self.on_upcall: Callable[[PvVcpu], None] | None = None
         self.on_console_io: Callable[[bytes], None] = lambda data: None
         self.initial_tables: dict[int, int] = {}  # mfn of a builder's level-1 table -> mfn that its entry 0 maps
         self.hypercalls = HYPERCALLS

@@ -19,9 +19,10 @@ from pvirq.pv.module_symbols import find_in_modules, module_layout
 from pvirq.pv.symbols import Symbols, symbols_for
 
 if TYPE_CHECKING:
+    from pvirq.engine.notes import Calls, Site
     from pvirq.pv.guest import PvGuest
     from pvirq.xen.domain import Vcpu
-    from pvirq.xen.probes import Tell
+    from pvirq.xen.probes import Instrument, Record, Tell
 
 # How much of a guest's interrupts can be seen.
 LINES: Final = "lines"  # irq, port, name, handler
@@ -43,6 +44,7 @@ STRUCTURES: Final = (
 IRQD_IRQ_DISABLED: Final = 1 << 16
 IRQD_IRQ_INPROGRESS: Final = 1 << 18
 XEN_EOI_FLAG_SPURIOUS: Final = 1
+M32: Final = 0xFFFFFFFF
 
 # A guest may be wrong or hostile: so many return addresses, lines, handlers on one, and lines within each other.
 MOST_EXITS: Final = 64
@@ -57,6 +59,14 @@ class Handler(NamedTuple):
 
     name: str
     handler: str
+
+
+class Noting(NamedTuple):
+    """For whom the engine notes what by itself, and what a record's note is, plus one; 0: nothing, None: to be told."""
+
+    instrument: Instrument
+    calls: Calls
+    number: Callable[[Record], int | None]
 
 
 class _Offsets(NamedTuple):
@@ -88,6 +98,7 @@ class IrqWatch:
         self._offsets = _find_offsets(found)
         self._module_layout = module_layout(*(next(iter(found[name]), None) for name in ("module", "mod_kallsyms")))
         self._modules = self._symbols.address(MODULES)
+        self._noting: Noting | None = None
         self._removers: list[tuple[int, Callable[[], None]]] = []
         self._exits: set[int] = set()
         self._inside: dict[Vcpu, list[tuple[int, int, int]]] = {vcpu: [] for vcpu in guest.domain.vcpus}
@@ -107,18 +118,23 @@ class IrqWatch:
         self._flows = flows if self.level == LINES else []
         self._port_function = port_function if self.level == PORTS else None
 
-    def begin(self, entry: Tell, leave: Tell, eoi: Tell | None) -> None:
-        """Put the watches there."""
+    def begin(self, entry: Tell, leave: Tell, eoi: Tell | None, noting: Noting | None) -> None:
+        """Put the watches there; with `noting`, what is known already isn't told but noted."""
         self.end()
-        self._entry, self._leave = entry, leave
+        self._entry, self._leave, self._noting = entry, leave, noting
+        calls = None if noting is None else noting.calls
         percpu = self._symbols.address("handle_percpu_irq")
         for address in self._flows:
-            self._watch(address, self._flow_of(address == percpu))
+            assert self._offsets is not None
+            site = None if calls is None else calls.entry(size=self._offsets.size, returns=True)
+            self._watch(address, self._flow_of(address == percpu, site), site)
         if self._port_function is not None:
-            self._watch(self._port_function, self._port)
+            site = None if calls is None else calls.entry(first=M32, returns=True)
+            self._watch(self._port_function, self._port_of_site(site), site)
         late_eoi = self._symbols.address(LATE_EOI)
         if eoi is not None and late_eoi is not None and self.level == LINES:
-            self._watch(late_eoi, self._eoi_told(eoi))
+            site = None if calls is None else calls.entry(first=M32, second=XEN_EOI_FLAG_SPURIOUS)
+            self._watch(late_eoi, self._eoi_told(eoi, site), site)
 
     def end(self) -> None:
         """Take them away."""
@@ -130,8 +146,8 @@ class IrqWatch:
         for inside in self._inside.values():
             inside.clear()
 
-    def _watch(self, va: int, callback: Callable[[], None]) -> None:
-        self._removers.append((va, self._guest.engine.watch(va, callback)))
+    def _watch(self, va: int, callback: Callable[[], None], site: Site | None) -> None:
+        self._removers.append((va, self._guest.engine.watch(va, callback, site)))
         self._forget_code(va)
 
     def _forget_code(self, va: int) -> None:
@@ -146,39 +162,48 @@ class IrqWatch:
 
     # -- what is called while the guest runs ---------------------------------------------------------------------------
 
-    def _flow_of(self, percpu: bool) -> Callable[[], None]:
+    def _flow_of(self, percpu: bool, site: Site | None) -> Callable[[], None]:
         regs, guest = self._regs, self._guest
 
         def flow() -> None:
             cpu = guest.current
             try:
-                irq, port, actions = self._line(regs[RDI], percpu)
+                line = self._line(regs[RDI], percpu)
                 back = self._u64[cpu.translate(regs[RSP]) >> 3]
             except XenError:
                 return  # no descriptor, or no stack: no kernel of Linux's
-            self._enter(cpu.vcpu, port, irq, actions, back)
+            irq, port, actions = line
+            self._enter(cpu.vcpu, port, irq, actions, back, site)
 
         return flow
 
-    def _port(self) -> None:
-        cpu, regs = self._guest.current, self._regs
-        try:
-            back = self._u64[cpu.translate(regs[RSP]) >> 3]
-        except XenError:
-            return
-        self._enter(cpu.vcpu, regs[RDI] & 0xFFFFFFFF, -1, (), back)
+    def _port_of_site(self, site: Site | None) -> Callable[[], None]:
+        regs, guest = self._regs, self._guest
 
-    def _enter(self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Handler], back: int) -> None:
+        def port() -> None:
+            cpu = guest.current
+            try:
+                back = self._u64[cpu.translate(regs[RSP]) >> 3]
+            except XenError:
+                return
+            self._enter(cpu.vcpu, regs[RDI] & M32, -1, (), back, site)
+
+        return port
+
+    def _enter(self, vcpu: Vcpu, port: int, irq: int, actions: Sequence[Handler], back: int, site: Site | None) -> None:
         inside = self._inside[vcpu]
         if back not in self._exits:
             if len(self._exits) >= MOST_EXITS:
                 return
             self._exits.add(back)
-            self._watch(back, self._exit)
+            self._watch(back, self._exit, None if self._noting is None else self._noting.calls.back(back))
         if len(inside) >= MOST_NESTED:
             inside.clear()
         inside.append((self._regs[RSP] + 8, port, irq))
-        self._entry(("irq_entry", vcpu, port, irq, actions))
+        self._note_inside()
+        entry = "irq_entry", vcpu, port, irq, actions
+        self._entry(entry)
+        self._know(site, entry, ("irq_exit", vcpu, port, irq))
 
     def _exit(self) -> None:
         vcpu = self._guest.current.vcpu
@@ -186,17 +211,34 @@ class IrqWatch:
         # Others come this way too; who returns from the handler has the stack that its caller had.
         if inside and inside[-1][0] == self._regs[RSP]:
             _, port, irq = inside.pop()
+            self._note_inside()
             self._leave(("irq_exit", vcpu, port, irq))
 
-    def _eoi_told(self, told: Tell) -> Callable[[], None]:
+    def _eoi_told(self, told: Tell, site: Site | None) -> Callable[[], None]:
         regs, guest = self._regs, self._guest
 
         def eoi() -> None:
-            irq = regs[RDI] & 0xFFFFFFFF
+            irq = regs[RDI] & M32
             spurious = bool(regs[RSI] & XEN_EOI_FLAG_SPURIOUS)
-            told(("eoi", guest.current.vcpu, self._ports.get(irq, -1), irq, spurious))
+            record = "eoi", guest.current.vcpu, self._ports.get(irq, -1), irq, spurious
+            told(record)
+            self._know(site, record)
 
         return eoi
+
+    def _know(self, site: Site | None, enter: Record, leave: Record | None = None) -> None:
+        """The engine is to note a call like this one by itself."""
+        if site is None:
+            return
+        assert self._noting is not None
+        number = self._noting.number
+        entered, left = number(enter), 0 if leave is None else number(leave)
+        if entered is not None and left is not None:
+            self._noting.calls.know(site, entered, left)
+
+    def _note_inside(self) -> None:
+        if self._noting is not None:
+            self._noting.calls.asked(sum(map(len, self._inside.values())))
 
     # -- what the guest's memory says ----------------------------------------------------------------------------------
 
@@ -215,8 +257,10 @@ class IrqWatch:
             port = self._port_of(irq, _u64(raw, at.handler_data))  # Linux 5.8 and earlier
         if port < 0 and irq < NR_IRQS_LEGACY and self._legacy is not None:
             port = self._port_of(irq, _u64(self._guest.current.read(self._legacy + 8 * irq, 8), 0))
-        if port >= 0:
+        if port >= 0 and self._ports.get(irq) != port:
             self._ports[irq] = port
+            if self._noting is not None:
+                self._noting.calls.forget()  # EOIs of that line
         runs = percpu or not state & (IRQD_IRQ_DISABLED | IRQD_IRQ_INPROGRESS)
         line = irq, port, self._actions(_u64(raw, at.action)) if runs else ()
         if len(self._known) >= MOST_LINES:

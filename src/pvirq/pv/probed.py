@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from pvirq.abi import event_channel, grant_table, memory, physdev, sched, vcpu, xen
 from pvirq.abi.errno import XenError
+from pvirq.pv.hypercalls import HYPERCALLS
 from pvirq.pv.hypercalls.protocol import int32
-from pvirq.pv.irq_watch import NOTHING, IrqWatch
+from pvirq.pv.irq_watch import NOTHING, IrqWatch, Noting
+from pvirq.pv.vcpu import no_upcall
 from pvirq.xen.probes import (
     BLOCKED,
     DOWN,
@@ -16,9 +20,11 @@ from pvirq.xen.probes import (
     POLLING,
     SLICE,
     YIELDED,
+    Call,
+    NoteForm,
     Once,
     Probes,
-    Tell,
+    Record,
     keep,
     nothing,
     put,
@@ -62,6 +68,15 @@ _EVTCHN_ARGUMENTS: Final = {
     event_channel.EVTCHNOP_expand_array: (event_channel.EVTCHN_EXPAND_ARRAY, 1),
     event_channel.EVTCHNOP_set_priority: (event_channel.EVTCHN_SET_PRIORITY, 2),
 }
+_Operation = tuple[struct.Struct | None, int, Call, Call | None]
+"""Of an event channel operation what to read, and how much of that to tell; how to tell it, and how to tell where it
+can't be read."""
+
+# Why a real guest's turn may be over.
+_REASONS: Final = (PAUSED, DOWN, BLOCKED, POLLING, YIELDED, SLICE)
+# What an engine may note by itself.
+_NOTED: Final = ("irq_entry", "irq_exit", "eoi", "hypercall", "hypercall_done", "upcall")
+_EVTCHN_SIZES: Final = {command: layout.size for command, (layout, _) in _EVTCHN_ARGUMENTS.items()}
 
 
 class ProbedGuest:
@@ -72,68 +87,110 @@ class ProbedGuest:
         self._irqs: IrqWatch | None = None
         self._watching = False
         self._told_hypercalls = False
+        self._noting = False
 
     def probe(self, probes: Probes) -> None:
         guest = self._guest
         put(guest, "run", self._told_run(probes) if probes.tells_turns else None)
-        self._probe_hypercalls(probes)
-        for cpu in guest.cpus:
-            put(cpu, "deliver_events", None if probes.on_upcall is None else _told_upcall(cpu, probes))
-        self._probe_irqs(probes)
+        noting = self._begin_notes(probes)
+        self._probe_hypercalls(probes, noting)
+        self._probe_upcalls(probes, noting)
+        self._probe_irqs(probes, noting)
+
+    def _begin_notes(self, probes: Probes) -> Noting | None:
+        """Where there is one who wants notes, the engine makes them instead of calling."""
+        guest, one = self._guest, probes.noting(*_NOTED)
+        calls = guest.engine.calls if one is not None or self._noting else None
+        if calls is None:
+            return None
+        self._noting = one is not None
+        if one is None:
+            calls.end()
+            return None
+        calls.begin(one.book, guest.domain.evtchn.generation_at, [cpu.slot for cpu in guest.cpus])
+
+        def number(record: Record) -> int | None:
+            found = one.number(record) if getattr(probes, f"on_{record[0]}") is not None else -1
+            return None if found is None else found + 1
+
+        return Noting(one, calls, number)
 
     def _told_run(self, probes: Probes) -> Callable[[Vcpu, int | None], None]:
-        guest = self._guest
+        guest, engine = self._guest, self._guest.engine
         run = guest.do_run
-        said: dict[Any, Any] = {}
+        said: dict[Vcpu, tuple[Once, dict[str, Once]]] = {}
 
-        def told(vcpu: Vcpu, record: str, *why: str) -> Once:
-            try:
-                once: Once = said[vcpu][why]
-            except KeyError:
-                once = keep(said, probes.fixed(record, vcpu, *why), vcpu, why)
-            return once
+        def ends(vcpu: Vcpu) -> tuple[Once, dict[str, Once]]:
+            said[vcpu] = probes.fixed("run", vcpu), {why: probes.fixed("stop", vcpu, why) for why in _REASONS}
+            return said[vcpu]
 
         def in_front(vcpu: Vcpu, until_ticks: int | None) -> None:
+            try:
+                begin, end = said[vcpu]
+            except KeyError:
+                begin, end = ends(vcpu)
             before, probes.current = probes.current, vcpu
-            told(vcpu, "run")()
+            tell, what = begin
+            tell(what)
             try:
                 run(vcpu, until_ticks)
             finally:
                 probes.current = before
-                told(vcpu, "stop", self._why(vcpu))()
+                if vcpu.domain.paused:
+                    why = PAUSED
+                elif not vcpu.up:
+                    why = DOWN
+                elif vcpu.blocked:
+                    why = BLOCKED
+                elif vcpu.polling:
+                    why = POLLING
+                else:
+                    why = YIELDED if vcpu.yielded or engine.pauses <= 0 else SLICE
+                tell, what = end[why]
+                tell(what)
 
         return in_front
 
-    def _why(self, vcpu: Vcpu) -> str:
-        """Why a turn is over."""
-        if vcpu.domain.paused:
-            return PAUSED
-        if not vcpu.up:
-            return DOWN
-        if vcpu.blocked:
-            return BLOCKED
-        if vcpu.polling:
-            return POLLING
-        return YIELDED if vcpu.yielded or self._guest.engine.pauses <= 0 else SLICE
-
     # -- hypercalls ----------------------------------------------------------------------------------------------------
 
-    def _probe_hypercalls(self, probes: Probes) -> None:
-        told, done = probes.on_hypercall, probes.on_hypercall_done
-        plain = table = self._guest.hypercalls
-        if told is not None or done is not None:
-            table = [
-                (_told_hypercall(number, handler, told or nothing, done or nothing), arguments)
-                for number, (handler, arguments) in enumerate(table)
-            ]
+    def _probe_hypercalls(self, probes: Probes, noting: Noting | None) -> None:
+        plain = self._guest.hypercalls
+        told = probes.on_hypercall is not None or probes.on_hypercall_done is not None
         for cpu in self._guest.cpus:
-            if table is not plain or self._told_hypercalls:
-                cpu.hypercalls = table
-        self._told_hypercalls = table is not plain
+            if told:
+                cpu.hypercalls = plain
+                table = [
+                    (_told_hypercall(number, handler, arguments, cpu, probes), arguments)
+                    for number, (handler, arguments) in enumerate(plain)
+                ]
+                if noting is None:
+                    cpu.hypercalls = table
+                else:
+                    number = 1 + noting.instrument.number_of_hypercalls(cpu.vcpu, _read_note)
+                    noting.calls.note_hypercalls(cpu.slot, number, len(plain), _EVTCHN_SIZES)
+                    cpu.note_hypercalls(table)
+            elif self._told_hypercalls:
+                cpu.hypercalls = plain
+        self._told_hypercalls = told
+
+    # -- upcalls -------------------------------------------------------------------------------------------------------
+
+    def _probe_upcalls(self, probes: Probes, noting: Noting | None) -> None:
+        for cpu in self._guest.cpus:
+            in_front, cpu.upcall_unnoted = None, no_upcall
+            if probes.on_upcall is not None:
+                number = None if noting is None else noting.number(("upcall", cpu.vcpu))
+                if number is None or noting is None:
+                    in_front = _told_upcall(cpu, probes)
+                else:
+                    noting.calls.note_upcalls(cpu.slot, number)
+                    tell, what = probes.fixed("upcall", cpu.vcpu)
+                    cpu.upcall_unnoted = partial(tell, what)
+            put(cpu, "deliver_events", in_front)
 
     # -- interrupts ----------------------------------------------------------------------------------------------------
 
-    def _probe_irqs(self, probes: Probes) -> None:
+    def _probe_irqs(self, probes: Probes, noting: Noting | None) -> None:
         entry, leave, eoi = probes.on_irq_entry, probes.on_irq_exit, probes.on_eoi
         label = self._guest.domain.label
         if entry is None and leave is None and eoi is None:
@@ -149,62 +206,102 @@ class ProbedGuest:
                 return
             self._irqs = IrqWatch(self._guest, image)
         label.irqs = self._irqs.level
-        self._irqs.begin(entry or nothing, leave or nothing, eoi)
+        self._irqs.begin(entry or nothing, leave or nothing, eoi, noting)
         self._watching = True
 
 
 def _told_upcall(cpu: PvVcpu, probes: Probes) -> Callable[[int], int]:
     deliver = cpu.do_deliver_events
     vcpu, mem = cpu.vcpu, cpu.domain.machine.mem
-    told = probes.fixed("upcall", vcpu)
+    tell, what = probes.fixed("upcall", vcpu)
 
     def in_front(rip: int) -> int:
         info = vcpu.info
         if mem[info] and not mem[info + 1]:
-            told()
+            tell(what)
         return deliver(rip)
 
     return in_front
 
 
-def _told_hypercall(number: int, handler: Hypercall, told: Tell, done: Tell) -> Hypercall:
+def _read_note(number: int, first: int, has_struct: bool) -> NoteForm:
+    """What such a hypercall is told of, where the engine has noted it (`ReadNote`)."""
+    name, count = _HYPERCALLS.get(number, f"hypercall {number}"), HYPERCALLS[number][1]
+    if name not in _OPERATIONS:
+        return NoteForm(name, 0, count)
+    command = first & 0xFFFFFFFF
+    call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
+    if name != "event_channel_op":
+        return NoteForm(call, 0, count, by_operation=True)
+    if not has_struct:
+        return NoteForm(call, 1, 1, by_operation=True)
+    layout, count = _EVTCHN_ARGUMENTS[command]
+    return NoteForm(call, 2, count, layout, by_operation=True)
+
+
+def _told_hypercall(number: int, handler: Hypercall, arguments: int, cpu: PvVcpu, probes: Probes) -> Hypercall:
+    """What stands in front of a hypercall of one vCPU's."""
     name = _HYPERCALLS.get(number, f"hypercall {number}")
-    operations = _OPERATIONS.get(name)
-    calls = {command: f"{name}.{text}" for command, text in (operations or {}).items()}
-    events = operations is _EVTCHN
+    if name in _OPERATIONS:
+        return _told_operation(name, handler, arguments, cpu.vcpu, probes)
+    begin, end, if_zero = probes.fixed_call(cpu.vcpu, name, arguments)
 
     def in_front(cpu: PvVcpu, *arguments: int) -> int:
-        call, values = name, arguments
-        if operations is not None:
-            command = arguments[0] & 0xFFFFFFFF
-            call = calls.get(command) or f"{name}.{int32(command)}"
-            if events:
-                values = _evtchn_arguments(cpu, command, arguments[1])
-        told(("hypercall", cpu.vcpu, call, values))
+        begin(arguments)
         try:
             result = handler(cpu, *arguments)
         except XenError as error:
-            done(("hypercall_done", cpu.vcpu, call, -error.errno))
+            end(-error.errno)
             raise
         except BaseException:  # it stops in the middle, to go on later, or the guest has crashed
-            done(("hypercall_done", cpu.vcpu, call, None))
+            end(None)
             raise
-        done(("hypercall_done", cpu.vcpu, call, result))
+        if result or if_zero:
+            end(result)
         return result
 
     return in_front
 
 
-_EVTCHN: Final = _OPERATIONS["event_channel_op"]
+def _told_operation(name: str, handler: Hypercall, count: int, vcpu: Vcpu, probes: Probes) -> Hypercall:
+    """The same for one whose first argument says what it is to do."""
+    forms = _EVTCHN_ARGUMENTS if name == "event_channel_op" else {}
+    said: dict[int, _Operation] = {}
 
+    def operation(first: int) -> _Operation:
+        command = first & 0xFFFFFFFF
+        call = f"{name}.{_OPERATIONS[name].get(command) or int32(command)}"
+        if name != "event_channel_op":
+            return None, 0, probes.fixed_call(vcpu, call, count), None
+        layout, values = forms.get(command, (None, 1))
+        address = probes.fixed_call(vcpu, call, 1)
+        told = address if values == 1 else probes.fixed_call(vcpu, call, values)
+        return layout, values, told, address
 
-def _evtchn_arguments(cpu: PvVcpu, command: int, at: int) -> tuple[Any, ...]:
-    """What the struct of an event channel operation says; where it can't be read, its address."""
-    form = _EVTCHN_ARGUMENTS.get(command)
-    if form is None:
-        return (at,)
-    layout, count = form
-    try:
-        return layout.unpack(cpu.read(at, layout.size))[:count]
-    except XenError:
-        return (at,)
+    def in_front(cpu: PvVcpu, *arguments: int) -> int:
+        try:
+            layout, count, told, address = said[arguments[0]]
+        except KeyError:
+            layout, count, told, address = keep(said, arguments[0], partial(operation, arguments[0]))
+        values: Sequence[int] = arguments
+        if address is not None:  # what the struct says of an event channel operation; where it can't be read, where
+            values = arguments[1:2]
+            try:
+                if layout is not None:
+                    values = layout.unpack(cpu.read(arguments[1], layout.size))[:count]
+            except XenError:
+                told = address
+        told.begin(values)
+        try:
+            result = handler(cpu, *arguments)
+        except XenError as error:
+            told.end(-error.errno)
+            raise
+        except BaseException:
+            told.end(None)
+            raise
+        if result or told.if_zero:
+            told.end(result)
+        return result
+
+    return in_front

@@ -39,6 +39,7 @@ from pvirq.engine.protocol import (
     FLAG_VM,
     GDT,
     INFO,
+    NOTED,
     R8,
     R9,
     R10,
@@ -51,6 +52,7 @@ from pvirq.engine.protocol import (
     RSI,
     RSP,
     RUNSTATE_TIMES,
+    SHORT,
     SHORT_HYPERCALLS,
     TRAP_BP,
     TRAP_DB,
@@ -97,6 +99,10 @@ _unpack_iret: Final = struct.Struct("<9Q").unpack
 NO_TRAP: Final = (0, 0, 0)
 
 
+def no_upcall() -> None:
+    """Where nobody wants to be told of one."""
+
+
 class PvVcpu(GuestMemory):
     """One vCPU. While it is loaded (`PvGuest.current`), the engine holds its registers.
 
@@ -139,6 +145,7 @@ class PvVcpu(GuestMemory):
         self.runstate = RUNSTATE_offline
         self.kept[GDT] = guest.window.entries(vcpu.vcpu_id)
         self.hypercalls = guest.hypercalls
+        self.upcall_unnoted: Callable[[], object] = no_upcall  # tells of one where the engine notes all others
         self.in_multicall = False
         vcpu.periodic_ns = DEFAULT_PERIOD
 
@@ -157,12 +164,17 @@ class PvVcpu(GuestMemory):
     @property
     def hypercalls(self) -> list[tuple[Hypercall, int]]:
         """What is called for each, by number, and with how many arguments. No short cut leads past another table."""
-        return self._hypercalls
+        return self._inner_hypercalls
 
     @hypercalls.setter
     def hypercalls(self, table: list[tuple[Hypercall, int]]) -> None:
-        self._hypercalls = table
-        self.kept[SHORT_HYPERCALLS] = table is HYPERCALLS
+        self._hypercalls = self._inner_hypercalls = table
+        self.kept[SHORT_HYPERCALLS] = SHORT if table is HYPERCALLS else 0
+
+    def note_hypercalls(self, inner: list[tuple[Hypercall, int]]) -> None:
+        """The engine is to note them from now on; those in a multicall it doesn't see: for them there is `inner`."""
+        self._inner_hypercalls = inner
+        self.kept[SHORT_HYPERCALLS] |= NOTED
 
     # -- address spaces and modes ------------------------------------------------------------------------------------
 
@@ -274,10 +286,9 @@ class PvVcpu(GuestMemory):
         """The event upcall, where one is due on the way back to the guest (test_guest_events)."""
         mem, info = self._mem, self.vcpu.info
         if mem[info] and not mem[info + 1]:
-            if self.guest.on_upcall is not None:
-                self.guest.on_upcall(self)
             if self.engine.upcall(self.slot, self.event_callback, rip):
                 return self.event_callback
+            self.upcall_unnoted()
             return self.bounce(self.event_callback, True, rip, self.engine.rflags, None)
         return rip
 

@@ -14,7 +14,7 @@ from pvirq.abi.errno import Errno, XenError
 from pvirq.abi.event_channel import SHARED_INFO_EVTCHN_MASK_32, VCPU_INFO_PENDING_SEL_32
 from pvirq.abi.xen import SHARED_INFO_EVTCHN_MASK, SHARED_INFO_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL
 from pvirq.xen import probes
-from pvirq.xen.sched import check_pollers, mark_events_pending
+from pvirq.xen.sched import check_pollers
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Vcpu
@@ -55,7 +55,7 @@ class TwoLevel:
             return
         mem[self._pending + at] = pending | bit
         if not mem[self._mask + at] & bit:
-            # As `_select` and mark_events_pending, without their calls: nothing is called more often than this.
+            # As `_select`, without its call: nothing is called more often than this.
             word, info = port >> self._word_shift, vcpu.info
             at, bit = info + self._sel + (word >> 3), 1 << (word & 7)
             selected = mem[at]
@@ -76,35 +76,47 @@ class TwoLevel:
         return probes.MASKED if self._mem[self._mask + at] & bit else probes.PENDING
 
     def told_set_pending(self, instruments: Probes) -> Callable[[Vcpu, Channel], None]:
-        """`set_pending`, after telling instruments what it will come to: by what tells that for these bits."""
-        set_pending, mem = self.do_set_pending, self._mem
+        """`set_pending`, after telling instruments what it will come to: by what tells that for these bits.
+
+        All of it, since they are at hand here.
+        """
+        mem, domain, select = self._mem, self._domain, self._select
         said: dict[Channel, tuple[int, int, int, dict[Any, Any]]] = {}
 
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
-                pending, mask, bit, tells = said[channel]
-                tell = tells[vcpu][instruments.current][mem[pending] & bit][mem[mask] & bit]
+                pending_at, mask_at, bit, tells = said[channel]
+                pending, masked = mem[pending_at], mem[mask_at] & bit
+                tell, what = tells[vcpu][instruments.current][pending & bit][masked]
             except KeyError:
                 at, bit, by = channel.port >> 3, 1 << (channel.port & 7), instruments.current
-                pending, mask = self._pending + at, self._mask + at
-                tell = instruments.fixed("raised", vcpu, channel, self.outcome(vcpu, channel), by)
-                if len(said) >= probes.MOST_SAID:
-                    said.clear()
-                tells = said.setdefault(channel, (pending, mask, bit, {}))[3]
-                probes.keep(tells, tell, vcpu, by, mem[pending] & bit, mem[mask] & bit)
-            tell()
-            set_pending(vcpu, channel)
+                pending_at, mask_at = self._pending + at, self._mask + at
+                pending, masked = mem[pending_at], mem[mask_at] & bit
+                tells = probes.keep(said, channel, lambda: (pending_at, mask_at, bit, {}))[3]
+                once = instruments.fixed("raised", vcpu, channel, self.outcome(vcpu, channel), by)
+                tell, what = probes.nest(tells, once, vcpu, by, pending & bit, masked)
+            tell(what)
+            if pending & bit:
+                return
+            mem[pending_at] = pending | bit
+            if not masked:
+                select(vcpu, channel.port)
+            if domain.pollers:
+                check_pollers(domain, channel.port)
 
         return told
 
     def _select(self, vcpu: Vcpu, port: int) -> None:
         """Point the vCPU at the word of `port`, and at its events if that is news."""
-        word = port >> self._word_shift
-        at, bit = vcpu.info + self._sel + (word >> 3), 1 << (word & 7)
-        selected = self._mem[at]
+        mem, word, info = self._mem, port >> self._word_shift, vcpu.info
+        at, bit = info + self._sel + (word >> 3), 1 << (word & 7)
+        selected = mem[at]
         if not selected & bit:
-            self._mem[at] = selected | bit
-            mark_events_pending(vcpu)
+            mem[at] = selected | bit
+            flag = mem[info]  # mark_events_pending, without its call
+            if not flag & 1:
+                mem[info] = flag | 1
+                vcpu.kick()
 
     def clear_pending(self, channel: Channel) -> None:
         self._mem[self._pending + (channel.port >> 3)] &= ~(1 << (channel.port & 7)) & 0xFF

@@ -6,6 +6,7 @@ What guests ask for is in `evtchn`; how a pending event shows in a guest's memor
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -137,10 +138,19 @@ class EventChannels:
         self.channels[0].state = ECS_RESERVED
         self.active = 0
         self.xen_active = 0
-        self.generation = 0
+        self._generation = array("Q", (0,))
         self._taken = bytearray(EVTCHNS_PER_BUCKET)  # by port, 1: not to be given out, being bound
         self._taken[0] = 1
         self._first_free = 1  # no port below is free
+
+    @property
+    def generation(self) -> int:
+        return self._generation[0]
+
+    @property
+    def generation_at(self) -> int:
+        """Where it is, 64 bits, for machine code to look at."""
+        return self._generation.buffer_info()[0]
 
     @property
     def fifo(self) -> bool:
@@ -223,7 +233,7 @@ class EventChannels:
             self._taken += bytes(len(channels) - len(self._taken))
         self._taken[port] = 1
         self.active += 1
-        self.generation += 1
+        self._generation[0] += 1
         return channels[port]
 
     def check_free(self, channel: Channel) -> None:
@@ -233,7 +243,7 @@ class EventChannels:
             self._give_back(channel.port)
 
     def _give_back(self, port: int) -> None:
-        self.generation += 1
+        self._generation[0] += 1
         self._taken[port] = 0
         self._first_free = min(self._first_free, port)
 

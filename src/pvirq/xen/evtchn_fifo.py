@@ -204,10 +204,10 @@ class Fifo:
         def told(vcpu: Vcpu, channel: Channel) -> None:
             try:
                 at, tells = said[channel]
-                tell = tells[vcpu][instruments.current][mem[at]]
+                tell, what = tells[vcpu][instruments.current][mem[at]]
             except KeyError:
-                tell = self._tell_pending(instruments, vcpu, channel)
-            tell()
+                tell, what = self._tell_pending(instruments, vcpu, channel)
+            tell(what)
             set_pending(vcpu, channel)
 
         return told
@@ -215,15 +215,11 @@ class Fifo:
     def _tell_pending(self, instruments: Probes, vcpu: Vcpu, channel: Channel) -> Once:
         """What tells of an event that is to be raised now; kept, where the port has its flags already."""
         outcome, by = self.outcome(vcpu, channel), instruments.current
-        tell = instruments.fixed("raised", vcpu, channel, outcome, by)
+        once = instruments.fixed("raised", vcpu, channel, outcome, by)
         if outcome not in (probes.WAITING, probes.LOST):
-            if channel not in self._said:
-                if len(self._said) >= probes.MOST_SAID:
-                    self._said.clear()
-                self._said[channel] = (self._word(channel.port) << 2) + 3, {}
-            at, tells = self._said[channel]
-            probes.keep(tells, tell, vcpu, by, self._mem[at])
-        return tell
+            at, tells = probes.keep(self._said, channel, lambda: ((self._word(channel.port) << 2) + 3, {}))
+            probes.nest(tells, once, vcpu, by, self._mem[at])
+        return once
 
     def clear_pending(self, channel: Channel) -> None:
         # It stays linked: the guest unlinks it, and ignores what isn't pending.

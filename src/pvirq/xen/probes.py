@@ -8,10 +8,11 @@ object, and does.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from pvirq.xen.domain import Domain, Hypervisor, Vcpu
@@ -47,8 +48,30 @@ Deadline = Callable[["Vcpu", int], int]
 Record = Sequence[Any]
 """What a hook is told: its name, its arguments, and for `raised` and `unmasked` who did it (`Probes.current`)."""
 Tell = Callable[[Record], object]
-Once = Callable[[], object]
-"""Tells one and the same record, each time that it is called (`Probes.fixed`)."""
+Once = tuple[Callable[[Any], object], Any]
+"""Tells one and the same record, each time that the one is called with the other (`Probes.fixed`)."""
+
+
+class NoteForm(NamedTuple):
+    """What a hypercall that was noted in a book is told of (`Instrument.number_of_hypercalls`)."""
+
+    name: str
+    first: int  # of what the note has for arguments, from this one on so many
+    values: int
+    layout: struct.Struct | None = None  # they stand in the struct that begins with the first of them
+    by_operation: bool = False  # all this hangs on the first argument as well
+
+
+ReadNote = Callable[[int, int, bool], NoteForm]
+"""Of a hypercall's number, its first argument, and whether the note has a struct."""
+
+
+class Call(NamedTuple):
+    """Tells of one and the same hypercall, but for its arguments and result (`Probes.fixed_call`)."""
+
+    begin: Callable[[Sequence[int]], object]
+    end: Callable[[int | None], object]
+    if_zero: bool  # a result of 0 is told; else `begin` has taken it for granted
 
 
 class Action(Protocol):
@@ -74,15 +97,33 @@ class Instrument:
         An instrument that would rather have records than calls gives functions of its own, as `list.append` is one.
         Asked whenever instruments come or go, and when a host's clock begins to run by a counter.
         """
-        names = [name for name in _HOOKS if getattr(type(self), name) is not getattr(Instrument, name)]
+        names = [name for name in HOOKS if getattr(type(self), name) is not getattr(Instrument, name)]
         return {name: _call(name, getattr(self, name)) for name in names}
 
     def fixed(self, record: Record) -> Once | None:
-        """What is to be called for a record that will be told again and again; None: its hook, with the record.
+        """What is to be called for a record that will be told again and again, and with what; None: its hook, with the
+        record.
 
         So that an instrument can have done beforehand what there is to do with it.
         """
         return None
+
+    def fixed_call(self, vcpu: Vcpu, name: str, arguments: int) -> Call | None:
+        """What is to be called for a hypercall with so many arguments, likewise."""
+        return None
+
+    @property
+    def book(self) -> Any:
+        """Where machine code may put down what comes again and again, without a call (`pvirq.engine.notes.Book`)."""
+        return None
+
+    def number(self, record: Record) -> int | None:
+        """What a record that will be told again and again is in the book; None: it has to be told after all."""
+        return None
+
+    def number_of_hypercalls(self, vcpu: Vcpu, read: ReadNote) -> int:
+        """What all of a vCPU's hypercalls are in the book; `read` says what one of them is."""
+        raise NotImplementedError
 
     def raised(self, vcpu: Vcpu, channel: Channel, outcome: str) -> None:
         """An event was raised on `channel`, towards `vcpu` of its domain; `outcome` is one of the five above.
@@ -150,7 +191,9 @@ class Instrument:
         """Virtual time has jumped to `now`, in ns; without a counter (modelled domains only) it has no other way."""
 
 
-_HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in ("hooks", "fixed"))
+_NO_HOOKS: Final = ("hooks", "fixed", "fixed_call", "book", "number", "number_of_hypercalls")
+HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_") and name not in _NO_HOOKS)
+"""The names of all that an instrument may be told of."""
 
 
 def _call(name: str, method: Callable[..., None]) -> Tell:
@@ -162,17 +205,32 @@ K = TypeVar("K")
 MOST_SAID: Final = 100_000  # of what is kept by `keep`
 
 
-def keep(said: dict[Any, Any], once: K, *keys: object) -> K:
-    """Keep what tells a record by what that hangs on: a dict a key, one in the other.
+def keep(said: dict[Any, K], key: object, make: Callable[[], K]) -> K:
+    """What tells a record, by what that hangs on; made when it is wanted for the first time."""
+    once = said.get(key)
+    if once is None:
+        if len(said) >= MOST_SAID:
+            said.clear()
+        once = said[key] = make()
+    return once
+
+
+def nest(said: dict[Any, Any], last: K, *keys: object) -> K:
+    """The same by several keys, for what is looked up most: a dict a key, one in the other.
 
     Those are exact dicts because CPython looks those up faster by far than others, or one with tuples.
     """
-    if len(said) >= MOST_SAID:
-        said.clear()
     for key in keys[:-1]:
         said = said.setdefault(key, {})
-    said[keys[-1]] = once
-    return once
+    said[keys[-1]] = last
+    return last
+
+
+def put_last(said: dict[Any, K], key: object, last: K) -> None:
+    """The same for what is looked at before: what was told last."""
+    if len(said) >= MOST_SAID:
+        said.clear()
+    said[key] = last
 
 
 class Probed(Protocol):
@@ -218,7 +276,7 @@ class Probes:
         self._waker: Callable[[Vcpu], None] | None = None  # the hypervisor's on_wake, where something is in front of it
         self._covered = False
         self._hooks: list[tuple[Instrument, Mapping[str, Tell]]] = []
-        for name in _HOOKS:
+        for name in HOOKS:
             setattr(self, f"on_{name}", None)
 
     def add(self, instrument: Instrument) -> None:
@@ -267,7 +325,7 @@ class Probes:
         if not (self.instruments or self.filters or self._covered):
             return
         self._covered = bool(self.instruments or self.filters)
-        told: dict[str, list[Tell]] = {name: [] for name in _HOOKS}
+        told: dict[str, list[Tell]] = {name: [] for name in HOOKS}
         self._hooks = [(instrument, instrument.hooks()) for instrument in self.instruments]
         for _, hooks in self._hooks:
             for name, tell in hooks.items():
@@ -280,19 +338,38 @@ class Probes:
 
     def fixed(self, *record: Any) -> Once:
         """What tells a record, for who tells it again and again: good until instruments come or go."""
-        tells = [
-            instrument.fixed(record) or partial(hooks[record[0]], record)
+        tells: list[Once] = [
+            instrument.fixed(record) or (hooks[record[0]], record)
             for instrument, hooks in self._hooks
             if record[0] in hooks
         ]
-        if len(tells) == 1:
-            return tells[0]
+        return tells[0] if len(tells) == 1 else (_tell_all, tells)
 
-        def tell() -> None:
-            for each in tells:
-                each()
+    def noting(self, *names: str) -> Instrument | None:
+        """The only instrument that wants any of these hooks, if it has a book."""
+        found = [instrument for instrument, hooks in self._hooks if not hooks.keys().isdisjoint(names)]
+        return found[0] if len(found) == 1 and found[0].book is not None else None
 
-        return tell if tells else say_nothing
+    def fixed_call(self, vcpu: Vcpu, name: str, arguments: int) -> Call:
+        """What tells a hypercall, likewise."""
+        calls = [
+            instrument.fixed_call(vcpu, name, arguments) or _call_told(vcpu, name, hooks)
+            for instrument, hooks in self._hooks
+            if "hypercall" in hooks or "hypercall_done" in hooks
+        ]
+        if len(calls) == 1:
+            return calls[0]
+
+        def begin(arguments: Sequence[int]) -> None:
+            for call in calls:
+                call.begin(arguments)
+
+        def end(result: int | None) -> None:
+            for call in calls:
+                if result != 0 or call.if_zero:
+                    call.end(result)
+
+        return Call(begin, end, any(call.if_zero for call in calls))
 
     @property
     def tells_turns(self) -> bool:
@@ -378,25 +455,6 @@ class Probes:
 
         return in_front
 
-    def turn(self, run: Callable[[Vcpu], None]) -> Callable[[Vcpu], None]:
-        """What stands in front of a modelled vCPU's turn."""
-        said: dict[Vcpu, tuple[Once, Once]] = {}
-
-        def turn(vcpu: Vcpu) -> None:
-            try:
-                begin, end = said[vcpu]
-            except KeyError:
-                begin, end = said[vcpu] = self.fixed("run", vcpu), self.fixed("stop", vcpu, DONE)
-            before, self.current = self.current, vcpu
-            begin()
-            try:
-                run(vcpu)
-            finally:
-                self.current = before
-                end()
-
-        return turn
-
     def _cover_hypervisor(self) -> None:
         hypervisor = self._hypervisor
         if self._waker is not None:
@@ -407,10 +465,10 @@ class Probes:
 
             def in_front(vcpu: Vcpu) -> None:
                 try:
-                    told = said[vcpu]
+                    tell, what = said[vcpu]
                 except KeyError:
-                    told = keep(said, self.fixed("woken", vcpu), vcpu)
-                told()
+                    tell, what = keep(said, vcpu, partial(self.fixed, "woken", vcpu))
+                tell(what)
                 wake(vcpu)
 
             hypervisor.on_wake = in_front
@@ -425,8 +483,18 @@ def nothing(record: Record) -> None:
     """Stands where nobody wants to be told."""
 
 
-def say_nothing() -> None:
-    """The same where there is always the same record."""
+def _tell_all(tells: list[Once]) -> None:
+    for tell, what in tells:
+        tell(what)
+
+
+def _call_told(vcpu: Vcpu, name: str, hooks: Mapping[str, Tell]) -> Call:
+    told, done = hooks.get("hypercall", nothing), hooks.get("hypercall_done", nothing)
+    return Call(
+        lambda arguments: told(("hypercall", vcpu, name, arguments)),
+        lambda result: done(("hypercall_done", vcpu, name, result)),
+        True,
+    )
 
 
 def _told_init(domain: Domain, ops: TwoLevel | Fifo, told: Tell) -> Callable[[Channel], None]:
