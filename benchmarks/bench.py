@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import campaign, check, devices, evtchn, inspect, model, pytest_guest, tracing
-from pvirq import Guest, Host
+from pvirq import Guest, Host, machine_code
 from pvirq.toolstack import kernels
 from pvirq.toolstack.initrd import default_initrd
 
@@ -305,6 +305,13 @@ def main() -> int:
             "unit": target.unit, "median": median, "min": min(values), "max": max(values), "runs": len(values),
             "at_most": target.most, "at_least": target.least, "values": values,
         }  # fmt: skip
-    machine = {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
+    count = machine_code.count()
+    print(f"\n{count} of pvirq's modules were machine code" if count else "\nall of pvirq was Python (make compiled)")
+    machine = {
+        "machine_code_modules": count,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
     options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     return 0

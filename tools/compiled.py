@@ -27,9 +27,20 @@ def modules() -> list[str]:
     return [path.removeprefix("src/") for path in include]
 
 
+def is_up_to_date(place: Path) -> bool:
+    """Is there machine code of these modules, and none of a source that is newer? (`pvirq.machine_code.choose`)"""
+    made = place / "pvirq" / "compiled.txt"
+    if not made.exists() or made.read_text().split() != modules():
+        return False
+    return all((place / path).stat().st_mtime <= made.stat().st_mtime for path in modules())
+
+
 def main(place: Path) -> int:
     package = place / "pvirq"
     mypyc = Path(sys.executable).with_name("mypyc")
+    if is_up_to_date(place):
+        return 0
+    print(f"compiling {len(modules())} modules, which takes two to five minutes ...", file=sys.stderr)
     for old in [*place.glob("*__mypyc*.so"), *package.rglob("*.so"), package / "compiled.txt"]:
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
