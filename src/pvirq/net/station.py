@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from pvirq.abi.io_netif import ETH_HLEN
 from pvirq.drivers.bridge import Interface
 from pvirq.drivers.skb import ETH_P_IP, TCP, UDP, Skb, checksum, finish
@@ -40,6 +42,7 @@ class Datagram:
 UdpHandler = Callable[[Datagram], bytes | None]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Station(Interface):
     """A station with an Ethernet and an IPv4 address.
 
