@@ -79,18 +79,26 @@ def guest_parts() -> tuple[KernelChoice, bytes]:
 
 
 def work(bench: Bench) -> dict[str, float]:
-    """All measurements but boot; the names are those of benchmarks.bench.TARGETS without "devices."."""
+    """All measurements but boot; the names are those of benchmarks.bench.TARGETS without "devices.".
+
+    Each is done twice, and the second time counts: in the first one the emulators translate the guests' code.
+    """
+
+    def seconds(command: str) -> float:
+        bench.timed(0, command)
+        return bench.timed(0, command)
+
     for number, address in enumerate(ADDRESSES):
         bench.sh(number, f"ip addr add {address}/24 dev eth0; ip link set eth0 up")
     events = f"work events {bench.echo()} {EVENTS}"
-    found = {"event_round_trip.us": bench.timed(0, f"{events} together") / EVENTS * 1e6}
-    found["event_round_trip_apart.us"] = bench.timed(0, f"{events} apart") / EVENTS * 1e6
-    found["read_4k.per_s"] = SMALL_READS / bench.timed(0, f"work read /dev/xvda 4096 {SMALL_READS}")
-    found["read_1m.mb_per_s"] = LARGE_READS * MIB / 1e6 / bench.timed(0, f"work read /dev/xvda {MIB} {LARGE_READS}")
-    found["ping_dom0.us"] = bench.timed(0, f"work ping {DOM0_ADDRESS} {PINGS}") / PINGS * 1e6
-    found["ping_guest.us"] = bench.timed(0, f"work ping {ADDRESSES[1]} {PINGS}") / PINGS * 1e6
+    found = {"event_round_trip.us": seconds(f"{events} together") / EVENTS * 1e6}
+    found["event_round_trip_apart.us"] = seconds(f"{events} apart") / EVENTS * 1e6
+    found["read_4k.per_s"] = SMALL_READS / seconds(f"work read /dev/xvda 4096 {SMALL_READS}")
+    found["read_1m.mb_per_s"] = LARGE_READS * MIB / 1e6 / seconds(f"work read /dev/xvda {MIB} {LARGE_READS}")
+    found["ping_dom0.us"] = seconds(f"work ping {DOM0_ADDRESS} {PINGS}") / PINGS * 1e6
+    found["ping_guest.us"] = seconds(f"work ping {ADDRESSES[1]} {PINGS}") / PINGS * 1e6
     bench.sh(1, f"work serve {PORT} > /dev/null 2>&1 &")
-    found["tcp_guest.mb_per_s"] = TCP_MIB * MIB / 1e6 / bench.timed(0, f"work send {ADDRESSES[1]} {PORT} {TCP_MIB}")
+    found["tcp_guest.mb_per_s"] = TCP_MIB * MIB / 1e6 / seconds(f"work send {ADDRESSES[1]} {PORT} {TCP_MIB}")
     return found
 
 
