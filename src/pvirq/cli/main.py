@@ -39,13 +39,17 @@ Try:
 """
 
 
-def _version() -> str:
-    count = machine_code.count()
-    return "%(prog)s, version %(version)s" + (f" ({count} modules as machine code)" if count else "")
+def _version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        count = machine_code.count()
+        click.echo(f"pvirq, version {pvirq.__version__}" + (f" ({count} modules as machine code)" if count else ""))
+        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.version_option(pvirq.__version__, prog_name="pvirq", message=_version())
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 def cli() -> None:
     """The Xen PV interrupt system in one process: boots unmodified Xen PV kernels, without Xen and without root."""
 

@@ -93,7 +93,8 @@ class Recorder(Instrument):
         self._known: list[Shape | tuple[Vcpu, ReadNote]] = []  # what those notes are, by number
         self._numbers: dict[Shape, int] = {}
         self._forms: dict[tuple[int, int, int], tuple[NoteForm, tuple[Shape, Shape]]] = {}
-        self._timed, self._stopped = self._make_timed(), self._make_stopped()
+        self._timed = self._make_timed()
+        self._stopped = self._make_stopped()
         self._noted = bytearray()  # those that were in the book
 
     def begin(self) -> None:
@@ -258,17 +259,11 @@ class Recorder(Instrument):
 
     def _make_stopped(self) -> Callable[[Shape], None]:
         """A real guest's turn is over: the moment to look how much there is."""
-        events, put, now = self.events, self._values.append, self._hypervisor.clock.now
-        append, full, most = events.append, FULL, MOST_NOTES // 2
+        events, timed, full, most = self.events, self._timed, FULL, MOST_NOTES // 2
         book = (0,) if self._book is None else self._book.items
 
         def stopped(shape: Shape) -> None:
-            try:
-                put(now())
-                append(shape)
-            except BaseException:
-                self._realign()
-                raise
+            timed(shape)
             if len(events) > full or book[USED] > most:
                 self._filled()
 
